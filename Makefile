@@ -1,0 +1,74 @@
+VENV     := .venv
+BIN      := $(VENV)/bin
+PYTHON   ?= $(shell for p in python3.11 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP      := $(BIN)/python -m pip -qq --disable-pip-version-check
+SEED     ?= 0
+# Two workers of one thread each: as fast as it gets on two cores.
+WORKERS  ?= 2
+PYTEST   := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+DECLARED := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format bench docs dist clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## create .venv with Keel and its development tools; instant when nothing changed
+	@:
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Keel needs Python 3.11 or newer; name one with: make install PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(DECLARED) | $(BIN)/python
+	@echo "Installing Keel and what it needs into $(VENV); the first time this takes a few minutes ..."
+	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(DECLARED) $(VENV)/.installed
+	@echo "Installing the tools of the documentation into $(VENV) ..."
+	@$(PIP) install -c constraints.txt -e ".[docs]"
+	@touch $@
+
+demo: install  ## run the demonstration (SEED=0)
+	@$(BIN)/keel demo --seed $(SEED)
+
+test: install  ## run the tests and doctests, the slow ones left out (WORKERS=2)
+	$(PYTEST)
+
+test-slow: install  ## run the slow tests only
+	$(PYTEST) -m slow
+
+lint: install  ## check style, format, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src/keel
+	$(BIN)/lint-imports
+
+format: install  ## format the code and apply the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## run the benchmarks
+	@test -f benchmarks/__main__.py || { echo "There are no benchmarks: benchmarks/__main__.py is missing." >&2; exit 1; }
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.installed-docs  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+dist: install  ## build the wheel into dist/ and try it in an empty virtual environment
+	@rm -rf dist
+	$(BIN)/python -m build --wheel
+	@set -e; trial=$$(mktemp -d); trap 'rm -rf "$$trial"' EXIT; trap 'exit 130' INT TERM; \
+	echo "Installing the wheel in an empty virtual environment ..."; \
+	constraints="$$PWD/constraints.txt"; wheel=$$(ls "$$PWD"/dist/*.whl); \
+	$(BIN)/python -m venv "$$trial/venv"; cd "$$trial"; \
+	venv/bin/python -m pip -qq --disable-pip-version-check install -c "$$constraints" "$$wheel"; \
+	venv/bin/keel --help; \
+	venv/bin/python -c "import keel; print('keel', keel.__version__, 'imports from', keel.__file__)"; \
+	echo "The wheel works: $$wheel"
+
+clean:  ## remove caches and builds; .venv and runs/ stay
+	@rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage htmlcov
+	@find . -path ./$(VENV) -prune -o -type d -name __pycache__ -print0 | xargs -0 rm -rf
