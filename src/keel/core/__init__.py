@@ -1,0 +1,1 @@
+"""The vocabulary of Keel: rows, aggregation, randomness, registry, configuration, errors."""

@@ -1,0 +1,151 @@
+"""Compositions as plain data and back, with errors that name the key, what is allowed and the nearest spelling."""
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from pydantic import InstanceOf, TypeAdapter, ValidationError
+
+from keel.core.errors import ConfigError, nearest
+from keel.core.registry import part_class, part_name
+
+
+def to_config(value: Any) -> Any:
+    """Plain data (dict, list, str, numbers, bool, None) for a part, or for a collection of parts; complete.
+
+    Raises:
+        ConfigError: an object that is neither plain data nor a registered part, such as a lambda.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        name = part_name(type(value))
+        if name is None:
+            raise ConfigError(f"{type(value).__name__} is not a registered part, so it cannot be written down", None)
+        fields = {f.name: to_config(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"part": name, **fields}
+    if isinstance(value, Enum):
+        return value.name.lower()
+    if isinstance(value, Mapping):
+        return {str(key): to_config(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_config(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(f"a {type(value).__name__} cannot be written into a configuration")
+
+
+def from_config(data: Any, where: str = "") -> Any:
+    """The inverse of `to_config`.
+
+    Raises:
+        ConfigError: an unknown part or key, or a value of the wrong type, named by its path.
+    """
+    if isinstance(data, Mapping):
+        if "part" in data:
+            cls = part_class(data["part"])
+            given = {k: from_config(v, _join(where, k)) for k, v in data.items() if k != "part"}
+            return build(cls, given, where)
+        return {key: from_config(item, _join(where, str(key))) for key, item in data.items()}
+    if isinstance(data, list):
+        return tuple(from_config(item, f"{where}[{i}]") for i, item in enumerate(data))
+    return data
+
+
+def build(cls: type, given: Mapping[str, Any], where: str = "") -> Any:
+    """An instance of a dataclass from keyword values, each checked against its annotation.
+
+    Raises:
+        ConfigError: an unknown or missing key, a wrong type, or a value that the class refuses.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in given:
+        if key not in fields:
+            allowed = ", ".join(fields) or "nothing"
+            raise ConfigError(f"unknown key.{nearest(key, fields)}", _join(where, key), f"Allowed: {allowed}.")
+    checked = {key: check(value, _hints(cls)[key], _join(where, key)) for key, value in given.items()}
+    try:
+        return cls(**checked)
+    except TypeError as error:
+        raise ConfigError(str(error).replace("__init__()", cls.__name__), where or None) from error
+    except ValueError as error:
+        raise ConfigError(str(error), where or None) from error
+
+
+def check(value: Any, hint: Any, where: str) -> Any:
+    """`value` converted to the annotation, as pydantic does ("1e-3" is a float).
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        problems = "; ".join(dict.fromkeys(item["msg"] for item in error.errors()[:3]))
+        raise ConfigError(f"{problems} (got {value!r})", where) from None
+
+
+def set_path(value: Any, path: str, new: Any, where: str = "") -> Any:
+    """A copy of a tree of dataclasses and dicts in which the entry at a dotted path is replaced.
+
+    Raises:
+        ConfigError: the path leads nowhere; the nearest spelling is named.
+    """
+    key, _, rest = path.partition(".")
+    here = _join(where, key)
+    if isinstance(value, Mapping):
+        if key not in value:
+            known = ", ".join(map(str, value)) or "none"
+            raise ConfigError(f"there is no entry '{key}'.{nearest(key, map(str, value))}", here, f"Entries: {known}.")
+        return {**value, key: set_path(value[key], rest, new, here) if rest else new}
+    if not dataclasses.is_dataclass(value):
+        raise ConfigError(f"'{where}' has no settings of its own", here)
+    names = [f.name for f in dataclasses.fields(value) if f.init]
+    if key not in names:
+        raise ConfigError(f"unknown key.{nearest(key, names)}", here, f"Allowed: {', '.join(names)}.")
+    new = set_path(getattr(value, key), rest, new, here) if rest else check(new, _hints(type(value))[key], here)
+    try:
+        return dataclasses.replace(value, **{key: new})  # type: ignore[type-var]
+    except ValueError as error:
+        raise ConfigError(str(error), here) from error
+
+
+def get_path(value: Any, path: str) -> Any:
+    """The entry at a dotted path."""
+    for key in path.split("."):
+        value = value[key] if isinstance(value, Mapping) else getattr(value, key)
+    return value
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _adapter(hint: Any) -> TypeAdapter:
+    try:
+        if hint not in _adapters:
+            _adapters[hint] = TypeAdapter(_loosened(hint))
+        return _adapters[hint]
+    except TypeError:  # an annotation that cannot be hashed
+        return TypeAdapter(_loosened(hint))
+
+
+_adapters: dict[Any, TypeAdapter] = {}
+
+
+def _loosened(hint: Any) -> Any:
+    """The annotation with parts checked by class alone, and protocols, which cannot be checked, left open."""
+    if getattr(hint, "_is_protocol", False):
+        return Any
+    if dataclasses.is_dataclass(hint):
+        return InstanceOf[hint]  # type: ignore[valid-type]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return typing.Union[tuple(_loosened(item) for item in typing.get_args(hint))]  # noqa: UP007
+    return hint
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key

@@ -1,0 +1,66 @@
+"""Errors of Keel: each says what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KeelError(Exception):
+    """A fault, or (as `UserError`) a mistake; the command line prints it without a traceback and exits with `exit_code`.
+
+    Args:
+        what: what is wrong, one sentence.
+        where: the file, line, key or argument concerned.
+        fix: what would be right.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, where: str | None = None, fix: str | None = None):
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(": ".join(part for part in (where, what) if part) + (f" {fix}" if fix else ""))
+
+
+class UserError(KeelError):
+    """Something in the user's hands is wrong: a setting, a file, an argument."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A key or a value of the configuration is wrong."""
+
+
+class MethodError(UserError):
+    """Parts were combined in a way that has no meaning."""
+
+
+class DataError(UserError):
+    """A data file or a data set is malformed."""
+
+
+class RunError(UserError):
+    """A run cannot be started, resumed or found as asked."""
+
+
+class RewardError(KeelError):
+    """A reward function failed in a way that ends the run."""
+
+
+class CheckpointError(KeelError):
+    """A checkpoint is incomplete, damaged, or does not fit the run."""
+
+
+class TrainingError(KeelError):
+    """Training cannot go on: non-finite losses, or no usable groups."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the choice closest to `word`, or an empty string.
+
+    >>> nearest("epsilom", ["epsilon", "beta"])
+    " Did you mean 'epsilon'?"
+    """
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""

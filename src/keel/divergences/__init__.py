@@ -1,0 +1,1 @@
+"""Divergences between distributions: over the whole vocabulary, and estimated from samples."""
