@@ -1,0 +1,1 @@
+"""Controllers: coefficients that adapt."""

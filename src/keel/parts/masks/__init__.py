@@ -1,0 +1,1 @@
+"""Token masks, computed once and shared by name."""

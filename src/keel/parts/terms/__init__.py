@@ -1,0 +1,1 @@
+"""Surrogates, penalties and objectives: the letters f and P of the loss."""

@@ -1,0 +1,1 @@
+"""Token weights: the letter w of the loss, always without gradient."""

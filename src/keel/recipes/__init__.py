@@ -1,0 +1,1 @@
+"""Named compositions: one file a family, one function a method."""

@@ -1,0 +1,130 @@
+"""The registry of recipes."""
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from keel.core.config import check
+from keel.core.errors import ConfigError, nearest
+from keel.method import Method
+
+FAMILIES = ("policy_gradient", "supervised")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named composition.
+
+    Args:
+        name: as on the command line.
+        make: the function that builds the method.
+        paper: number, or numbers, in the catalogue.
+        baseline: the recipe that it varies.
+        neutral: arguments at which it equals the baseline.
+        reduces_to: what it equals then, if not the baseline at its defaults.
+        preset: training settings that belong to the method, as dotted keys.
+    """
+
+    name: str
+    make: Callable[..., Method]
+    paper: int | list[int] | None = None
+    baseline: str | None = None
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+    reduces_to: Callable[[], Method] | None = None
+    preset: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, inspect.Parameter]:
+        """Its arguments, those that it passes on to its baseline included."""
+        own: dict[str, inspect.Parameter] = {}
+        passes_on = False
+        for name, parameter in inspect.signature(self.make).parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                passes_on = True
+            else:
+                own[name] = parameter
+        if passes_on and self.baseline is not None:
+            own = {**recipe_named(self.baseline).arguments, **own}
+        return own
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of its docstring."""
+        return (inspect.getdoc(self.make) or "").split("\n\n")[0].replace("\n", " ")
+
+    def __call__(self, **arguments: Any) -> Method:
+        """The method.
+
+        Raises:
+            ConfigError: an unknown argument, or a value that does not fit.
+        """
+        checked = {}
+        for name, value in arguments.items():
+            if name not in self.arguments:
+                allowed = ", ".join(self.arguments) or "none"
+                raise ConfigError(f"recipe '{self.name}' has no argument '{name}'.{nearest(name, self.arguments)}", None,
+                                  f"Arguments: {allowed}.")  # fmt: skip
+            checked[name] = check(value, self._hint(name), name)
+        try:
+            return self.make(**checked)
+        except ValueError as error:
+            raise ConfigError(str(error), f"recipe '{self.name}'") from error
+
+    def _hint(self, name: str) -> Any:
+        hints = typing.get_type_hints(self.make)
+        if name in hints:
+            return hints[name]
+        return recipe_named(self.baseline)._hint(name) if self.baseline else Any
+
+
+_RECIPES: dict[str, Recipe] = {}
+
+
+def recipe(
+    paper: int | list[int] | None = None,
+    baseline: str | None = None,
+    neutral: Mapping[str, Any] | None = None,
+    reduces_to: Callable[[], Method] | None = None,
+    preset: Mapping[str, Any] | None = None,
+) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """Register a function that builds a method, under its own name.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def register(make: Callable[..., Method]) -> Callable[..., Method]:
+        name = make.__name__
+        known = _RECIPES.get(name)
+        if known is not None and known.make.__module__ != make.__module__:
+            raise ConfigError(f"recipe name '{name}' is taken by {known.make.__module__}")
+        _RECIPES[name] = Recipe(name, make, paper, baseline, neutral or {}, reduces_to, preset or {})
+        return make
+
+    return register
+
+
+def recipes() -> dict[str, Recipe]:
+    """All recipes by name, those of other packages (entry-point group `keel.recipes`) included."""
+    for family in FAMILIES:
+        importlib.import_module(f"keel.recipes.{family}")
+    for entry in importlib.metadata.entry_points(group="keel.recipes"):
+        entry.load()
+    return dict(sorted(_RECIPES.items()))
+
+
+def recipe_named(name: str) -> Recipe:
+    """One recipe.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known = recipes()
+    if name not in known:
+        raise ConfigError(f"there is no recipe '{name}'.{nearest(name, known)}", None, "`keel methods` lists them.")
+    return known[name]
