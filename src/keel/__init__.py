@@ -7,9 +7,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+_PACKAGES = ("train", "evaluate")  # packages that can be called
 _ENTRIES = {
-    "train": "keel.train.entry",
-    "evaluate": "keel.train.entry",
     "sample": "keel.train.entry",
     "from_trl": "keel.train.trl",
     "Method": "keel.method",
@@ -17,11 +16,13 @@ _ENTRIES = {
     "recipe": "keel.recipes.registry",
     "part": "keel.core.registry",
 }
-__all__ = [*_ENTRIES, "__version__"]
+__all__ = [*_PACKAGES, *_ENTRIES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the public entries late, so that `import keel` and `keel --help` stay fast."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"keel.{name}")
     if name in _ENTRIES:
         return getattr(importlib.import_module(_ENTRIES[name]), name)
     raise AttributeError(f"module 'keel' has no attribute {name!r}")

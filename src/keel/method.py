@@ -2,8 +2,8 @@
 
     loss = Agg[ - sg(w) * A * f(rho)  +  sum_j c_j * m_j * P_j ]
 
-`prepare` (once a batch) runs the transforms and the advantages on frozen statistics; `loss` (each update) runs the masks,
-weights, surrogate and terms on live ones.
+`prepare` (once a batch) runs the transforms and the advantages on frozen statistics; `loss` (each update) runs the
+masks, weights, surrogate and terms on live ones.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,6 +28,7 @@ from keel.statistics.stats import Stats
 States = dict[str, Any]
 CHAINS = ("rewards", "transforms", "advantage", "heads", "masks", "weights", "terms", "models", "controllers")
 ALWAYS = ("policy", "old")
+DATA_MASKS = ("nll", "distil")  # spans that rows from a file may bring along
 part("aggregation")(Aggregation)
 
 
@@ -76,7 +77,7 @@ class Method:
     advantage: Mapping[str, Any] = field(default_factory=dict)
     heads: Mapping[str, Any] = field(default_factory=dict)
     surrogate: Surrogate | None = None
-    aggregation: Aggregation = Aggregation()  # noqa: RUF009 (frozen)
+    aggregation: Aggregation = Aggregation()
     masks: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, Any] = field(default_factory=dict)
     terms: Mapping[str, Any] = field(default_factory=dict)
@@ -111,7 +112,7 @@ class Method:
         Raises:
             MethodError: a name is taken within its slot.
         """
-        changes = {}
+        changes: dict[str, Any] = {}
         for slot, entries in slots.items():
             if slot not in CHAINS:
                 raise MethodError(f"parts cannot be added to '{slot}'.{nearest(slot, CHAINS)}")
@@ -202,7 +203,7 @@ class Method:
     def loss(self, rows: Rows, stats: Stats, states: States) -> Tensor:
         """The scalar to minimise."""
         found = list(self.contributions(rows, stats, states).values())
-        return torch.stack([value.float() for value in found]).sum() if found else torch.zeros((), device=rows.device)
+        return torch.stack(found).sum() if found else torch.zeros((), device=rows.device)
 
     def with_old(self, stats: Stats) -> Stats:
         """Statistics in which what `old` lacks is the detached live value: the policy has not moved yet."""
@@ -212,10 +213,6 @@ class Method:
             if f.of == ("old",) and f not in stats
         }
         return stats.merged(missing)
-
-    def assumed_live(self) -> tuple[Functional, ...]:
-        """Live functionals that stand in for the `old` ones of the update."""
-        return tuple(replace(f, of=("policy",)) for f in self.update_needs() if f.of == ("old",))  # type: ignore[type-var]
 
     def initial_states(self) -> States:
         """The memory of every part that has some, by path."""
@@ -245,7 +242,7 @@ class Method:
                 for name in functional.of:
                     if name not in known:
                         raise MethodError(
-                            f"{functional.name} reads the model '{name}', which the method does not declare.{nearest(name, known)}",
+                            f"{functional.name} reads the model '{name}', which is not declared.{nearest(name, known)}",
                             path, f"Add it: models={{'{name}': Initial()}}.")  # fmt: skip
         for name in self.models:
             if name in ALWAYS:
@@ -253,13 +250,14 @@ class Method:
 
     def _check_masks_and_heads(self) -> None:
         for name, item in self.terms.items():
-            if isinstance(item, Summand) and item.where is not None and item.where not in self.masks and item.where not in ("nll", "distil"):
-                raise MethodError(f"there is no mask '{item.where}'.{nearest(item.where, self.masks)}", f"terms.{name}.where")
+            where = item.where if isinstance(item, Summand) else None
+            if where is not None and where not in (*self.masks, *DATA_MASKS):
+                raise MethodError(f"there is no mask '{where}'.{nearest(where, self.masks)}", f"terms.{name}.where")
         for path, item in self.parts():
             for head in getattr(item, "heads_read", ()):
                 if head not in self.heads:
                     raise MethodError(f"there is no head '{head}'.{nearest(head, self.heads)}", path,
-                                      f"Add it: heads={{'{head}': ValueHeadSpec()}}.")  # fmt: skip
+                                      f"Add it: heads={{'{head}': Critic()}}.")  # fmt: skip
 
     def _check_phases(self) -> None:
         for path, item in self.parts():
@@ -268,8 +266,8 @@ class Method:
                 continue
             for functional in getattr(item, "needs", ()):
                 if "policy" in functional.of:
-                    raise MethodError(f"{functional.name} reads the live policy, but this part runs before the update", path,
-                                      "Read of=('old',) there, or make it a weight, a mask or a term.")  # fmt: skip
+                    raise MethodError(f"{functional.name} reads the live policy, but this part runs before the update",
+                                      path, "Read of=('old',) there, or make it a weight, a mask or a term.")  # fmt: skip
         if self.surrogate is not None and not self.advantage and self.kind == "online":
             raise MethodError("a surrogate needs an advantage, but the chain is empty", "advantage",
                               "Add one, such as {'centre': GroupCentre()}.")  # fmt: skip
@@ -283,12 +281,14 @@ class Method:
             if path is None:
                 continue
             if path in owned:
-                raise MethodError(f"'{path}' is owned by the controllers '{owned[path]}' and '{name}'", f"controllers.{name}")
+                both = f"'{owned[path]}' and '{name}'"
+                raise MethodError(f"'{path}' is owned by the controllers {both}", f"controllers.{name}")
             owned[path] = name
             try:
                 get_path(self, path)
             except (KeyError, AttributeError):
-                raise MethodError(f"it owns '{path}', which the method does not have", f"controllers.{name}.path") from None
+                what = f"it owns '{path}', which the method does not have"
+                raise MethodError(what, f"controllers.{name}.path") from None
 
 
 def _call(item: Any, path: str, rows: Rows, stats: Stats, states: States) -> Any:

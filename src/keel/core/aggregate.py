@@ -1,12 +1,12 @@
 """Means, spreads and shares over tokens, rows and groups: the only place where Keel divides by a count.
 
-Two kinds of weight meet here. Over a batch, `weight` is a frequency: a row of weight 2 counts as two rows. Within a group
-only the proportions count, because a group of weight 2 stands for two equal groups: n is the effective number of rows
-(sum w)^2 / sum w^2, which is the plain count for equal weights.
+Two kinds of weight meet here. Over a batch, `weight` is a frequency: a row of weight 2 counts as two rows. Within a
+group only the proportions count, because a group of weight 2 stands for two equal groups: n is the effective number of
+rows (sum w)^2 / sum w^2, which is the plain count for equal weights.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -72,8 +72,8 @@ class Aggregation:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in Mode.__args__:
-            raise ValueError(f"aggregation mode '{self.mode}' is not one of {', '.join(Mode.__args__)}")
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"aggregation mode '{self.mode}' is not one of {', '.join(get_args(Mode))}")
         if self.mode == "constant" and not (self.max_length and self.max_length > 0):
             raise ValueError("aggregation 'constant' needs max_length, the fixed number of tokens to divide by")
 
@@ -248,7 +248,7 @@ class Groups:
 
 
 def returns(rows: Rows) -> Float[Tensor, "B"]:
-    """What a completion earned: its scalar reward plus the sum over its mask of the token rewards; NaN without a reward.
+    """What a completion earned: its scalar reward plus the sum over its mask of the token rewards; NaN if unscored.
 
     Raises:
         ValueError: several reward columns are left (a WeightedSum makes them one), or there is no reward at all.

@@ -100,14 +100,14 @@ def set_path(value: Any, path: str, new: Any, where: str = "") -> Any:
             known = ", ".join(map(str, value)) or "none"
             raise ConfigError(f"there is no entry '{key}'.{nearest(key, map(str, value))}", here, f"Entries: {known}.")
         return {**value, key: set_path(value[key], rest, new, here) if rest else new}
-    if not dataclasses.is_dataclass(value):
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
         raise ConfigError(f"'{where}' has no settings of its own", here)
     names = [f.name for f in dataclasses.fields(value) if f.init]
     if key not in names:
         raise ConfigError(f"unknown key.{nearest(key, names)}", here, f"Allowed: {', '.join(names)}.")
     new = set_path(getattr(value, key), rest, new, here) if rest else check(new, _hints(type(value))[key], here)
     try:
-        return dataclasses.replace(value, **{key: new})  # type: ignore[type-var]
+        return dataclasses.replace(value, **{key: new})
     except ValueError as error:
         raise ConfigError(str(error), here) from error
 
@@ -141,7 +141,7 @@ def _loosened(hint: Any) -> Any:
     if getattr(hint, "_is_protocol", False):
         return Any
     if dataclasses.is_dataclass(hint):
-        return InstanceOf[hint]  # type: ignore[valid-type]
+        return InstanceOf.__class_getitem__(hint)  # what InstanceOf[hint] means, which mypy takes for an annotation
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return typing.Union[tuple(_loosened(item) for item in typing.get_args(hint))]  # noqa: UP007
     return hint

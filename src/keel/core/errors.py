@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class KeelError(Exception):
-    """A fault, or (as `UserError`) a mistake; the command line prints it without a traceback and exits with `exit_code`.
+    """A fault, or (as `UserError`) a mistake; the command prints it without a traceback and exits with `exit_code`.
 
     Args:
         what: what is wrong, one sentence.

@@ -3,7 +3,7 @@
 A transformers model, and a table with one row of logits for each prefix, look the same through this window.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -30,8 +30,9 @@ class Head:
         return self.softcap is None and (self.module is None or type(self.module) is nn.Linear)
 
     def logits(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
-        """Logits in fp32."""
-        z = (hidden if self.module is None else self.module(hidden)).float()
+        """Logits, in fp32 at least."""
+        z = hidden if self.module is None else self.module(hidden)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         if self.scale != 1.0:
             z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
@@ -44,6 +45,7 @@ class Head:
             dlogits = dlogits * self.scale
         if self.module is None:
             return dlogits.to(hidden.dtype)
+        assert isinstance(self.module, nn.Linear)
         weight, bias = self.module.weight, self.module.bias
         dlogits = dlogits.to(weight.dtype)
         if weight.requires_grad:
@@ -60,6 +62,7 @@ class Head:
         return leaf.grad
 
 
+@runtime_checkable
 class PolicyModel(Protocol):
     """A policy over tokens: `hidden(rows)[b, t]` is the state from which `rows.tokens[b, t]` was chosen."""
 

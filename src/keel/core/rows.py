@@ -220,15 +220,20 @@ class Rows:
 def cat(parts: Sequence[Rows]) -> Rows:
     """One batch of several, padded to the widest; optional fields must be present in all or in none.
 
+    Group ids are kept: two parts that use the same id share the group.
+
     Raises:
-        ValueError: no parts, or an optional field is present in some parts only.
+        ValueError: no parts, an optional field is present in some parts only, or enumerated rows meet sampled ones.
     """
     if not parts:
         raise ValueError("cat needs at least one batch of rows")
     prompt = max(p.prompt_ids.shape[1] for p in parts)
     completion = max(p.tokens.shape[1] for p in parts)
     parts = [p.padded(prompt, completion) for p in parts]
-    first, changes = parts[0], {}
+    first = parts[0]
+    if any(p.exact != first.exact for p in parts):
+        raise ValueError("cat: enumerated rows and sampled rows cannot share a batch")
+    changes: dict = {"totals": None}
     starts = torch.tensor([0] + [len(p) for p in parts[:-1]]).cumsum(0).tolist()
     for f in fields(Rows):
         values = [getattr(p, f.name) for p in parts]

@@ -7,7 +7,7 @@ places between papers:
     kl_ref_policy    KL(q || p) = sum q (log q - log p)              "forward KL": mass-covering
     js               (KL(p || m) + KL(q || m)) / 2,  m = (p + q) / 2
 
-Source: the standard f-divergences; gradients with respect to the logits z of p, using dp_v / dz_w = p_v ([v = w] - p_w).
+Source: the standard f-divergences; gradients with respect to the logits z of p, by dp_v / dz_w = p_v ([v = w] - p_w).
 """
 
 import math

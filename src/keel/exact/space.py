@@ -85,7 +85,8 @@ class SequenceSpace:
 class TabularPolicy(nn.Module):
     """One row of logits for each prompt and prefix, behind a language model's interface.
 
-    The state of a position is its row of logits, and the head is the identity, so that every recipe runs on it unchanged.
+    The state of a position is its row of logits, and the head is the identity, so that every recipe runs on it as it
+    runs on a language model.
 
     Args:
         space: the world.
@@ -114,7 +115,8 @@ class TabularPolicy(nn.Module):
         """The row of logits before each token."""
         if not rows.tokens.shape[1]:
             return self.table.new_zeros(len(rows), 0, self.space.vocab)
-        return self.table[rows.prompt_ids[:, -1:], self.space.prefix_index(rows.tokens)]
+        prefix = self.space.prefix_index(rows.tokens).clamp(max=self.space.prefixes - 1)  # padding beyond the horizon
+        return self.table[rows.prompt_ids[:, -1:], prefix]
 
     def log_prob(self, rows: Rows) -> Float[Tensor, "B"]:
         """log pi(y | x) of whole sequences."""

@@ -131,7 +131,7 @@ def remax(beta: float = 0.0, num_generations: int = 1, temperature: float = 1.0)
         num_generations: sampled completions a prompt; the greedy one comes on top.
         temperature: of the sampler.
 
-    Source: "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models", 2024.
+    Source: "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning LLMs", 2024.
     """
     return _with_reward_kl(
         Method(
@@ -261,7 +261,8 @@ def gspo(epsilon: float = 3e-4, epsilon_high: float | None = 4e-4, **grpo_option
 
     Source: "Group Sequence Policy Optimization", 2025.
     """
-    method = grpo(epsilon=epsilon, epsilon_high=epsilon_high, **{"aggregation": "sequence_mean_token_mean", **grpo_options})
+    options = {"aggregation": "sequence_mean_token_mean", **grpo_options}
+    method = grpo(epsilon=epsilon, epsilon_high=epsilon_high, **options)
     assert method.surrogate is not None
     return method.replacing(surrogate=Surrogate(method.surrogate.f, level="sequence"))
 

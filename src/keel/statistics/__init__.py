@@ -1,1 +1,1 @@
-"""What losses ask of models: functionals, distribution transforms, and the engine that measures and differentiates them."""
+"""What losses ask of models: functionals, transforms, and the engine that measures and differentiates them."""

@@ -21,7 +21,7 @@ from keel.core.choice import counter_seed
 from keel.core.policy import PolicyModel
 from keel.core.rows import Rows
 from keel.statistics.functionals import Functional, Positions, Value, backbone
-from keel.statistics.stats import Stats
+from keel.statistics.stats import Stats, packed, unpacked
 
 LIVE = "policy"
 Loss = Callable[[Rows, Stats], Tensor]
@@ -111,11 +111,14 @@ class Engine:
         if additive and len(plan) > 1:
             return self._step_additive(functionals, rows, frozen, loss, plan, counter)
         single = len(plan) == 1
-        passes = [self._forward(rows, index, functionals, grad=single, counter=(*counter, i)) for i, index in enumerate(plan)]
+        passes = []
+        for i, index in enumerate(plan):
+            passes.append(self._forward(rows, index, functionals, grad=single, counter=(*counter, i)))
         live = self._measure_passes(functionals, rows, passes)
         value, grads = self._differentiate(loss, rows, frozen, live)
         for i, batch in enumerate(passes):
-            if not any(bool(grad[batch.place].any()) for grad in grads.values()):
+            everywhere = (0, len(batch.token))
+            if not any(bool(self._gradient_at(f, g, batch, *everywhere).any()) for f, g in grads.items()):
                 continue
             if not single:
                 batch = self._again(rows, batch, functionals, (*counter, i))
@@ -142,27 +145,29 @@ class Engine:
         out = _Collector(rows)
         value = torch.zeros((), device=rows.device)
         for i, index in enumerate(plan):
-            part = rows.select(index).with_(totals=whole)
+            part = rows.with_(totals=whole, pairs=None).select(index)
             every = torch.arange(len(index), device=index.device)
             batch = self._forward(part, every, functionals, grad=True, counter=(*counter, i))
             live = self._measure_passes(functionals, part, [batch])
             share, grads = self._differentiate(loss, part, frozen.select(index), live)
             value = value + share
             for functional, numbers in live.items():
-                out.put_rows(functional, index, numbers.detach())
+                out.put_rows(functional, index, numbers.detach(), part)
             if any(bool(grad.any()) for grad in grads.values()):
                 self._backward(batch, grads)
         return value, frozen.merged(out.stats(functionals))
 
-    def _differentiate(self, loss: Loss, rows: Rows, frozen: Stats, live: Stats) -> tuple[Tensor, dict[Functional, Tensor]]:
+    def _differentiate(
+        self, loss: Loss, rows: Rows, frozen: Stats, live: Stats
+    ) -> tuple[Tensor, dict[Functional, Tensor]]:
         leaves = {f: value.detach().requires_grad_() for f, value in live.items()}
         with torch.enable_grad():
             value = loss(rows, frozen.merged(leaves))
         if not value.requires_grad:
             return value.detach(), {}
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        found = {f: g for f, g in zip(leaves, grads, strict=True) if g is not None and LIVE not in f.stop}
-        return value.detach(), {f: _unpacked(f, g, rows) for f, g in found.items()}
+        found = {f: g for f, g in zip(leaves, grads, strict=True) if g is not None and _learns(f)}
+        return value.detach(), {f: unpacked(g, rows.masks[f.where]) if packed(f) else g for f, g in found.items()}
 
     def _again(self, rows: Rows, batch: Pass, functionals, counter) -> Pass:
         """The same micro-batch with a graph for the policy; states of frozen models are reused."""
@@ -220,15 +225,13 @@ class Engine:
             leaf = batch.hidden[source][start:stop].detach().requires_grad_()
             out = self.heads[functional.head](leaf)
             out.backward(g.to(out.dtype))
-        if source in upstream and leaf.grad is not None:
+        if source in upstream and source not in functional.stop and leaf.grad is not None:
             upstream[source][start:stop] += leaf.grad
 
     def _autograd(self, functional, batch, at: Positions, start, stop, g) -> Tensor:
         with torch.enable_grad():
             leaf = at.logits(LIVE).detach().requires_grad_()
-            again = Positions(
-                at.token, {k: v.detach() for k, v in at.hidden.items()}, at.model_heads, at.extra_heads, self.temperature, leaf
-            )
+            again = Positions(at.token, at.hidden, at.model_heads, at.extra_heads, self.temperature, leaf)
             (dlogits,) = torch.autograd.grad(functional(again), leaf, g)
         return dlogits
 
@@ -252,7 +255,7 @@ class Engine:
         return batches
 
     def _forward(self, rows, index, functionals, *, grad: bool, alias=None, counter=None, only=None) -> Pass:
-        part = rows.select(index).trim()
+        part = rows.with_(pairs=None).select(index).trim()
         place = part.mask.nonzero(as_tuple=True)
         batch = Pass(index, part, (index[place[0]], place[1]), part.tokens[place], {})
         for name in self._models_read(functionals) if only is None else only:
@@ -286,10 +289,12 @@ class Engine:
         )
 
     def _chunks(self, batch: Pass, functionals: Sequence[Functional]) -> Iterator[tuple[int, int]]:
-        """Ranges of positions whose logits fit `chunk_bytes`."""
+        """Ranges of positions whose logits fit `chunk_bytes`; one empty range where there are no positions."""
+        if not functionals:
+            return
         positions = len(batch.token)
         size = max(1, self.chunk_bytes // (4 * self._vocabulary(batch)))
-        for start in range(0, positions, size):
+        for start in range(0, max(1, positions), size):
             yield start, min(positions, start + size)
 
     def _vocabulary(self, batch: Pass) -> int:
@@ -337,7 +342,9 @@ class _Collector:
         else:
             room[b, t] = numbers
 
-    def put_rows(self, functional: Functional, index: Tensor, numbers: Tensor) -> None:
+    def put_rows(self, functional: Functional, index: Tensor, numbers: Tensor, part: Rows) -> None:
+        if packed(functional):
+            numbers = unpacked(numbers, part.masks[functional.where])
         tail = 1 if functional.where == "last" else 2
         room = self._room(functional, numbers, tail)
         if functional.where == "last":
@@ -346,9 +353,8 @@ class _Collector:
             room[index, : numbers.shape[1]] = numbers
 
     def stats(self, functionals: Sequence[Functional]) -> Stats:
-        empty = torch.zeros(self.rows.tokens.shape, device=self.rows.device)
-        whole = {f: self.values.get(f, empty) for f in functionals}
-        return Stats({f: v[self.rows.masks[f.where]] if _packed(f) else v for f, v in whole.items()})
+        masks = {f.where: self.rows.masks[f.where] for f in functionals if packed(f)}
+        return Stats({f: self.values[f][masks[f.where]] if packed(f) else self.values[f] for f in functionals}, masks)
 
 
 def _is_last(batch: Pass) -> Tensor:
@@ -359,14 +365,6 @@ def _is_last(batch: Pass) -> Tensor:
     return last
 
 
-def _packed(functional: Functional) -> bool:
-    """Whether the numbers of a functional are those of a named mask, [n, *F]."""
-    return functional.where not in ("mask", "last")
-
-
-def _unpacked(functional: Functional, grad: Tensor, rows: Rows) -> Tensor:
-    """[n, *F] back to [B, T, *F]."""
-    if not _packed(functional):
-        return grad
-    mask = rows.masks[functional.where]
-    return grad.new_zeros(*mask.shape, *grad.shape[1:]).index_put((mask.nonzero(as_tuple=True)), grad)
+def _learns(functional: Functional) -> bool:
+    """Whether a gradient goes back through a functional: a value's head learns though its model be held constant."""
+    return isinstance(functional, Value) or LIVE not in functional.stop

@@ -7,7 +7,7 @@ chunk by chunk.
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from keel.core.policy import Head
 from keel.divergences.vocabulary import ALIASES, divergence, divergence_backward
-from keel.statistics.transforms import Chain, Temperature, Transform
+from keel.statistics.transforms import KeepTopP, Transform
 
 
 class Positions:
@@ -45,7 +45,7 @@ class Positions:
         self._cache: dict[Hashable, Tensor] = {} if leaf is None else {("logits", "policy", None): leaf}
 
     def logits(self, model: str, transform: Transform | None = None) -> Float[Tensor, "n V"]:
-        """Logits in fp32 at the method's temperature, then transformed."""
+        """Logits at the method's temperature, then transformed."""
 
         def compute() -> Tensor:
             if transform is not None:
@@ -76,12 +76,24 @@ class Positions:
         return self._cache[key]
 
 
+@runtime_checkable
 class Functional(Protocol):
-    """Attributes: `of` names the models that it reads, `where` the positions, `stop` the models held constant."""
+    """Frozen and hashable, with a canonical name."""
 
-    of: tuple[str, ...]
-    where: str
-    stop: tuple[str, ...]
+    @property
+    def of(self) -> tuple[str, ...]:
+        """Names of the models that it reads."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Positions: "mask" gives [B, T, *F], "last" [B, *F], a named mask of the rows packed [n, *F]."""
+        ...
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Models held constant."""
+        ...
 
     @property
     def name(self) -> str:
@@ -149,9 +161,7 @@ class Entropy:
 
 
 def TopPEntropy(p: float, of: tuple[str, ...] = ("policy",), where: str = "mask") -> Entropy:
-    """Entropy of the renormalised nucleus that holds probability p, the token that crosses p included (by bisection)."""
-    from keel.statistics.transforms import KeepTopP
-
+    """Entropy of the renormalised nucleus that holds probability p, the token that crosses p included."""
     return Entropy(of=of, transform=KeepTopP(p), where=where)
 
 
@@ -161,10 +171,11 @@ class Divergence:
 
     Args:
         kind: `kl_policy_ref` (alias `reverse_kl`), `kl_ref_policy` (`forward_kl`) or `js`.
-        against: the model in the second place.
+        against: the model in the second place, constant.
+        first: the model in the first place.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or the live policy in the second place.
     """
 
     kind: str = "kl_policy_ref"
@@ -178,6 +189,8 @@ class Divergence:
         object.__setattr__(self, "kind", ALIASES.get(self.kind, self.kind))
         if self.kind not in ("kl_policy_ref", "kl_ref_policy", "js"):
             raise ValueError(f"divergence '{self.kind}' is not one of kl_policy_ref, kl_ref_policy, js")
+        if self.against == "policy":
+            raise ValueError("the second model of a divergence is constant: put the policy first, with the kind turned")
         object.__setattr__(self, "of", (self.first, self.against))
 
     @property
@@ -226,7 +239,10 @@ class TopK:
 
 @dataclass(frozen=True)
 class Value:
-    """The number that the method's head `head` reads from the states of `of[0]`."""
+    """The number that the method's head `head` reads from the states of `of[0]`, or of a body of its own.
+
+    With the model in `stop` only the head learns.
+    """
 
     head: str = "value"
     of: tuple[str, ...] = ("policy",)
@@ -239,17 +255,13 @@ class Value:
 
     def __call__(self, at: Positions) -> Float[Tensor, "n"]:
         own = at.hidden.get(backbone(self.head))  # a critic with a body of its own
-        return at.extra_heads[self.head](at.hidden[self.of[0]] if own is None else own)
+        value = at.extra_heads[self.head](at.hidden[self.of[0]] if own is None else own)
+        return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def backbone(head: str) -> str:
     """Name under which the states of a head with a body of its own are kept."""
     return f"head:{head}"
-
-
-def reads(functional: Any) -> tuple[str, ...]:
-    """Names of the models that a functional reads and that carry gradient."""
-    return tuple(name for name in functional.of if name not in functional.stop)
 
 
 def _name(what: str, of: tuple[str, ...], transform: Transform | None) -> str:
@@ -269,18 +281,3 @@ def _plogp(at: Positions, model: str, transform: Transform | None) -> Float[Tens
 
     return at._once(("plogp", model, transform), compute)
 
-
-__all__ = [
-    "Chain",
-    "Divergence",
-    "Entropy",
-    "Functional",
-    "LogProb",
-    "Positions",
-    "Temperature",
-    "TopK",
-    "TopPEntropy",
-    "Value",
-    "backbone",
-    "reads",
-]

@@ -16,10 +16,15 @@ class MissingStatistic(KeelError, KeyError):
 
 
 class Stats(Mapping[Functional, Tensor]):
-    """Numbers per functional: [B, T, *F] with 0 off the mask, [B, *F] for `last`, packed [n, *F] for another mask."""
+    """Numbers per functional: [B, T, *F] with 0 off the mask, [B, *F] for `last`, packed [n, *F] for another mask.
 
-    def __init__(self, values: Mapping[Functional, Tensor] | None = None):
-        self._values = dict(values or {})
+    Args:
+        values: the numbers.
+        masks: the masks [B, T] of packed functionals, by name, without which their rows cannot be told apart.
+    """
+
+    def __init__(self, values: Mapping[Functional, Tensor] | None = None, masks: Mapping[str, Tensor] | None = None):
+        self._values, self.masks = dict(values or {}), dict(masks or {})
 
     def __getitem__(self, functional: Functional) -> Tensor:
         try:
@@ -38,18 +43,36 @@ class Stats(Mapping[Functional, Tensor]):
 
     def merged(self, other: Mapping[Functional, Tensor]) -> "Stats":
         """These and others; the others win."""
-        return Stats({**self._values, **other})
+        return Stats({**self._values, **other}, {**self.masks, **getattr(other, "masks", {})})
 
     def select(self, index: Tensor, width: int | None = None) -> "Stats":
-        """The rows of an index; `width` cuts or pads the token dimension to that of the selected rows."""
-        return Stats({f: _fit(value[index], f, width) for f, value in self._values.items()})
+        """The rows of an index; `width` cuts the token dimension to that of the selected rows."""
+        masks = {name: mask[index] for name, mask in self.masks.items()}
+        values = {f: self._select(f, value, index) for f, value in self._values.items()}
+        if width is None:
+            return Stats(values, masks)
+        cut = {f: v if f.where == "last" or packed(f) else v[:, :width] for f, v in values.items()}
+        return Stats(cut, {name: mask[:, :width] for name, mask in masks.items()})
+
+    def _select(self, functional: Functional, value: Tensor, index: Tensor) -> Tensor:
+        if not packed(functional):
+            return value[index]
+        if functional.where not in self.masks:
+            raise KeelError(f"{functional.name} is packed, and its mask '{functional.where}' is not known here")
+        mask = self.masks[functional.where]
+        return unpacked(value, mask)[index][mask[index]]
 
     def detached(self) -> "Stats":
         """The same numbers without gradient."""
-        return Stats({f: value.detach() for f, value in self._values.items()})
+        return Stats({f: value.detach() for f, value in self._values.items()}, self.masks)
 
 
-def _fit(value: Tensor, functional: Functional, width: int | None) -> Tensor:
-    if width is None or functional.where == "last":
-        return value
-    return value[:, :width]
+def packed(functional: Functional) -> bool:
+    """Whether the numbers of a functional are those of a named mask, [n, *F]."""
+    return functional.where not in ("mask", "last")
+
+
+def unpacked(numbers: Tensor, mask: Tensor) -> Tensor:
+    """[n, *F] back to [B, T, *F], 0 off the mask."""
+    whole = numbers.new_zeros(*mask.shape, *numbers.shape[1:])
+    return whole.index_put(mask.nonzero(as_tuple=True), numbers)

@@ -1,22 +1,26 @@
 """Distribution transforms: one kind of thing for samplers, targets and functionals.
 
-A transform maps logits [n, V] to logits [n, V], -inf on removed tokens. It is a positive scale (`Temperature`, `Power`), or
-a filter that keeps a set of tokens (`KeepTopK`, `KeepTopP`, `KeepMinP`); the kept set carries no gradient.
+A transform maps logits [n, V] to logits [n, V], -inf on removed tokens. It is a positive scale (`Temperature`,
+`Power`), or a filter that keeps a set of tokens (`KeepTopK`, `KeepTopP`, `KeepMinP`); the kept set carries no gradient.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Transform(Protocol):
     """Frozen, hashable, with a canonical name."""
 
-    scale: float
+    @property
+    def scale(self) -> float:
+        """Factor on the logits, 1 for a filter."""
+        ...
 
     @property
     def name(self) -> str:
@@ -158,7 +162,7 @@ class KeepTopP:
     def __call__(self, logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
         if self.p >= 1:
             return logits
-        probs = logits.detach().softmax(-1)
+        probs = logits.detach().softmax(-1).float()
         return logits.masked_fill(probs < nucleus_edge(probs, self.p), float("-inf"))
 
 
@@ -207,7 +211,9 @@ class Chain:
 
 def chain(steps: Sequence[Transform]) -> Transform | None:
     """One transform of several; None of none."""
-    return None if not steps else steps[0] if len(steps) == 1 else Chain(tuple(steps))
+    if len(steps) == 1:
+        return steps[0]
+    return Chain(tuple(steps)) if steps else None
 
 
 def filters(top_k: int | None = None, top_p: float | None = None, min_p: float | None = None) -> Transform | None:

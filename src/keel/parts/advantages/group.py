@@ -129,7 +129,7 @@ class GreedyBaseline:
         baseline_rows = rows.stream == int(Stream.BASELINE)
         count = groups.sum(baseline_rows.to(value.dtype))
         if bool((count[groups.index[rows.main]] != 1).any()):
-            raise ValueError("greedy_baseline needs exactly one baseline row in each group: set rollout.greedy_baseline")
+            raise ValueError("greedy_baseline needs one baseline row in each group: set rollout.greedy_baseline")
         baseline = groups.sum(torch.where(baseline_rows, value, torch.zeros_like(value)))
         return broadcast(rows, (value - groups.broadcast(baseline)) * rows.main)
 
@@ -141,5 +141,5 @@ def advantage(rows: Rows) -> Float[Tensor, "B T"]:
         ValueError: none has.
     """
     if rows.advantage is None:
-        raise ValueError("this advantage part changes an advantage: put it after one that sets it, such as group_centre")
+        raise ValueError("this part changes an advantage: put it after one that sets it, such as group_centre")
     return rows.advantage

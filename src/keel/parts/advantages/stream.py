@@ -89,7 +89,7 @@ class Whiten:
 @part("running_baseline")
 @dataclass(frozen=True)
 class RunningBaseline:
-    """A = R - b, with b the exponential average of the mean return of earlier batches; in the first batch b is its mean.
+    """A = R - b, b the exponential average of the mean return of earlier batches; in the first batch its own mean.
 
     Args:
         decay: b <- decay * b + (1 - decay) * mean of R.
@@ -163,7 +163,8 @@ class GAE:
         return (self.head,)
 
     def __call__(self, rows: Rows, stats: Stats) -> Rows:
-        values = torch.where(rows.mask, stats[Value(self.head, of=("old",))].float(), 0.0)
+        values = stats[Value(self.head, of=("old",))]
+        values = torch.where(rows.mask, values, torch.zeros_like(values))
         delta = reward_stream(rows) + self.gamma * next_counted(values, rows.mask) - values
         gain = discounted_sum(delta, rows.mask, self.gamma * self.lam)
         columns = {**rows.columns, "returns": gain + values, "values": values}

@@ -1,7 +1,7 @@
 """Penalties, [B, T], and the summand that puts one into the loss with a coefficient, a mask and a denominator."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from keel.statistics.functionals import Divergence, Entropy, Functional, LogProb
 from keel.statistics.stats import Stats
 
 
+@runtime_checkable
 class Penalty(Protocol):
     """What a summand adds to the loss at each token; `needs` lists the functionals that it reads."""
 
@@ -68,8 +69,8 @@ class Summand:
 class SampledKL:
     """k(log pi - log ref) at the sampled token, times the ratio pi / pi_old if asked.
 
-    As a loss on the policy's samples k1 has gradient 0, k2 that of KL(policy || ref) and k3 that of KL(ref || policy), per
-    state; with the differentiable ratio k1 and k3 have that of KL(policy || ref), also off-policy.
+    As a loss on the policy's samples k1 has gradient 0, k2 that of KL(policy || ref) and k3 that of KL(ref || policy),
+    per state; with the differentiable ratio k1 and k3 have that of KL(policy || ref), also off-policy.
 
     Args:
         estimator: k1, k2 or k3.

@@ -1,7 +1,7 @@
 """Surrogates: f(rho) in the loss -A f(rho), for the ratio rho = pi / pi_old of a token or a sequence."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from keel.statistics.stats import Stats
 LIMIT = 20.0  # log-ratios beyond +-20 are cut before exp, which would overflow
 
 
+@runtime_checkable
 class Objective(Protocol):
     """(log_ratio, log_prob, advantage) -> A * f(rho), all [B, T]."""
 
@@ -121,9 +122,9 @@ class Surrogate:
 
     Args:
         f: the form.
-        level: token: rho_t = pi(y_t) / pi_old(y_t). sequence: the geometric mean over the counted tokens of a row, given
-            to each of them, its gradient that of exp(sg(log s) + log pi_t - sg(log pi_t)) (GSPO). trajectory: the product
-            over the row, given to each of its tokens.
+        level: token: rho_t = pi(y_t) / pi_old(y_t). sequence: the geometric mean over the counted tokens of a row,
+            given to each of them, its gradient that of exp(sg(log s) + log pi_t - sg(log pi_t)) (GSPO). trajectory:
+            the product over the row, given to each of its tokens.
     """
 
     f: Objective
@@ -168,5 +169,3 @@ class Surrogate:
             out["clip_ratio/high_mean"] = mean(high, rows)
             out["clip_ratio/region_mean"] = mean(low + high, rows)
         return out
-
-

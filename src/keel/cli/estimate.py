@@ -1,0 +1,54 @@
+"""What a run will need, measured on one batch that changes nothing."""
+
+import time
+from typing import Any
+
+from keel.train.entry import load_model
+from keel.train.online import live_functionals, prepare
+from keel.train.session import build_session
+
+SHOWN = 4
+
+
+def estimate(setup: Any) -> dict[str, Any]:
+    """Parameters, memory, seconds for a step, and the first rendered batch.
+
+    One batch is prepared and differentiated, without an update. Memory counts weights, gradients, both moments of the
+    optimiser, frozen copies, and the states and logits of one micro-batch.
+    """
+    config = setup.config
+    policy = load_model(config.model, setup.source, setup.tokenizer, config.seed)
+    session = build_session(config, setup.task, policy, setup.rewards)
+    try:
+        begun = time.monotonic()
+        batch = prepare(session)
+        rows = batch.rows.select(batch.rows.main)
+        frozen = batch.frozen.select(batch.rows.main)
+        method = session.method
+        session.engine.step(
+            live_functionals(session, frozen),
+            rows,
+            frozen,
+            lambda r, s: method.loss(r, method.with_old(s), session.states),
+            additive=method.additive,
+        )
+        updates = config.train.num_iterations
+        seconds = (time.monotonic() - begun) * (1 if updates == 1 else (1 + updates) / 2)
+    finally:
+        session.optimiser.zero_grad()
+        session.close()
+    total = sum(p.numel() for p in policy.module.parameters())
+    trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+    width = next(p.element_size() for p in policy.module.parameters())
+    copies = sum(1 for name in method.models if not policy.adapted)
+    hidden = policy.config.hidden_size * getattr(policy.config, "num_hidden_layers", 1)
+    activations = config.train.max_tokens * hidden * 34 * width + 4 * config.train.chunk_megabytes * 2**20
+    memory = width * (total * (1 + copies) + 3 * trained) + activations
+    return {
+        "parameters": total,
+        "trained_parameters": trained,
+        "memory_gib": memory / 2**30,
+        "seconds_per_step": seconds,
+        "minutes": seconds * config.train.max_steps / 60,
+        "first_batch": [[session.encoder.show(prompt), text] for prompt, text in batch.texts[:SHOWN]],
+    }

@@ -1,0 +1,213 @@
+"""`keel`: every command calls a function of the package; nothing heavy is imported before it is needed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Divergence-regularised policy optimisation: train, evaluate, sample, compose.",
+)
+methods_app = typer.Typer(invoke_without_command=True, help="List the recipes, or show the composition of one.")
+app.add_typer(methods_app, name="methods")
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A recipe argument (beta=0.04), or a path (train.learning_rate=1e-5, terms.kl.coef=0.1).")]  # fmt: skip
+Model = Annotated[str | None, typer.Option("--model", help="tiny, a folder, a run's folder, or a hub name.")]
+Task = Annotated[str | None, typer.Option("--task", help="countdown, or the name of a reasoning-gym data set.")]
+Data = Annotated[str | None, typer.Option("--data", help="JSONL, Parquet, or a saved data set, in place of a task.")]
+Reward = Annotated[list[str] | None, typer.Option("--reward", metavar="MODULE:FUNCTION", help="Scores completions; may be given several times.")]  # fmt: skip
+Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Decides all randomness.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; `keel methods` lists them.")] = None,
+    model: Model = None,
+    task: Task = None,
+    data: Data = None,
+    reward: Reward = None,
+    set_: Set = None,
+    config: Annotated[Path | None, typer.Option("--config", help="A YAML file, such as a run's config.yaml.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run of that name.")] = False,
+    seed: Seed = None,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Batches.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show composition, memory, time and a first batch; train nothing.")] = False,  # fmt: skip
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Train a model by a recipe."""
+    from keel.cli.show import print_composition, print_dry_run, print_run, quiet_or_bars
+    from keel.train.entry import execute, prepare_setup
+
+    settings = pairs(set_) | ({} if max_steps is None else {"train.max_steps": max_steps})
+    report = quiet_or_bars(as_json)
+    setup = prepare_setup(
+        recipe, model, None, task, data, tuple(reward) if reward else None,
+        seed=seed, name=name, config=config, settings=settings, report=report,
+    )  # fmt: skip
+    if dry_run:
+        print_dry_run(setup, as_json)
+        return
+    if not as_json:
+        print_composition(setup.config)
+    run = execute(setup, runs, resume=resume, report=report)
+    print_run(run, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="tiny, a folder, a run's folder, or a hub name.")] = "tiny",
+    task: Task = None,
+    data: Data = None,
+    reward: Reward = None,
+    reference: Annotated[str | None, typer.Option("--reference", help="Another model, for the KL.")] = None,
+    set_: Set = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on held-out prompts: pass@k, avg@k, maj@k, entropy, KL, with intervals."""
+    from keel.cli.show import print_evaluation, quiet_or_bars
+    from keel.train.entry import evaluate as run_evaluation
+
+    settings = {key.removeprefix("evaluate."): value for key, value in pairs(set_).items()}
+    report = quiet_or_bars(as_json)
+    report("phase", {"name": "eval", "steps": None, "text": f"measuring {model}"})
+    found = run_evaluation(
+        model, task, data, tuple(reward) if reward else None, seed=seed or 0, reference=reference, report=report, **settings
+    )
+    report("done", {})
+    print_evaluation(found, as_json)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    model: Model = "tiny",
+    num_generations: Annotated[int, typer.Option("-n", "--num-generations", min=1)] = 4,
+    task: Task = None,
+    set_: Set = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Print completions of prompts."""
+    from keel.cli.show import print_samples, quiet_or_bars
+    from keel.train.entry import sample as draw
+
+    found = draw(model, prompt, num_generations, seed=seed or 0, task=task, report=quiet_or_bars(as_json), **pairs(set_))
+    print_samples(found, as_json)
+
+
+@methods_app.callback()
+def methods(context: typer.Context, as_json: Json = False) -> None:
+    """List the recipes."""
+    if context.invoked_subcommand is None:
+        from keel.cli.show import print_methods
+
+        print_methods(as_json)
+
+
+@methods_app.command("show")
+def methods_show(
+    recipe: Annotated[str, typer.Argument(help="A recipe.")],
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Print the composition of a recipe, slot by slot, as a configuration that runs."""
+    from keel.cli.show import print_method
+
+    print_method(recipe, pairs(set_), as_json)
+
+
+@app.command("runs")
+def list_runs(runs: Runs = Path("runs"), as_json: Json = False) -> None:
+    """List the runs of a folder."""
+    from keel.cli.show import print_runs
+
+    print_runs(runs, as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Name of a run, or its folder.")],
+    path: Annotated[Path, typer.Argument(help="Where to write the model.")],
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write the final model of a run, adapters merged, in the transformers format."""
+    from keel.train.entry import export as write
+
+    folder = Path(run) if Path(run).is_dir() else runs / run
+    print(write(folder, path))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has and can do."""
+    from keel.cli.doctor import examine, print_findings
+
+    findings = examine()
+    print(json.dumps(findings, indent=1)) if as_json else print_findings(findings)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    runs: Runs = Path("runs"),
+    max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Batches of each run.")] = None,
+    control: Annotated[bool, typer.Option("--control", help="Add supervised training of the same duration.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train GRPO on countdown, without and with a KL to the reference, and show what each keeps and loses."""
+    from keel.cli.demo import run_demo
+
+    run_demo(runs, seed, max_steps, control, as_json)
+
+
+def pairs(values: list[str] | None) -> dict[str, Any]:
+    """`--set` options as keys and YAML values.
+
+    Raises:
+        ConfigError: one without `=`, one twice, or a value that is no YAML.
+    """
+    import yaml
+
+    from keel.core.errors import ConfigError
+
+    out: dict[str, Any] = {}
+    for item in values or []:
+        key, sign, text = item.partition("=")
+        key = key.strip()
+        if not sign or not key:
+            raise ConfigError("must be KEY=VALUE", f"--set {item}", "For example --set beta=0.04.")
+        if key in out:
+            raise ConfigError("is given twice", f"--set {key}")
+        try:
+            out[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            out[key] = text
+    return out
+
+
+def main() -> None:
+    """The entry point: a user's mistake exits with 2, a fault with 1, both without a traceback."""
+    from keel.core.errors import KeelError
+
+    try:
+        app()
+    except KeelError as error:
+        print(f"keel: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None
+
+
+if __name__ == "__main__":
+    main()

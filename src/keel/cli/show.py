@@ -1,0 +1,188 @@
+"""What the commands print."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from keel.core.config import to_config
+from keel.train.configuration import Configuration
+from keel.train.session import Reporter
+
+SLOTS = ("rollout", "rewards", "transforms", "advantage", "heads", "surrogate", "aggregation", "masks", "weights", "terms", "models", "controllers")  # fmt: skip
+
+
+def quiet_or_bars(as_json: bool) -> Reporter:
+    """Bars for people, on standard error; for programs only warnings."""
+    from keel.train.progress import default_reporter, plain_reporter
+
+    return plain_reporter if as_json else default_reporter()
+
+
+def print_json(data: Any) -> None:
+    """JSON on standard output."""
+    print(json.dumps(data, indent=1, allow_nan=False, default=str))
+
+
+def print_composition(config: Configuration) -> None:
+    """What is about to run, so that nobody runs one loss and believes it another."""
+    print(composition(config), flush=True)
+
+
+def composition(config: Configuration) -> str:
+    """The slots in use, one line each."""
+    method = config.method
+    lines = [f"{config.recipe or 'method'}  seed {config.seed}  model {config.model.path}  run {config.name}"]
+    for slot in SLOTS:
+        value = getattr(method, slot)
+        if value is None or value == {}:
+            continue
+        entries = value.items() if isinstance(value, Mapping) else [("", value)]
+        for name, item in entries:
+            label = f"{slot}.{name}" if name else slot
+            lines.append(f"  {label:<26} {one_line(to_config(item))}")
+    return "\n".join(lines)
+
+
+def one_line(data: Any) -> str:
+    """A part as `name(key=value, ...)`, without what is None."""
+    if isinstance(data, dict) and "part" in data:
+        inner = ", ".join(f"{k}={one_line(v)}" for k, v in data.items() if k != "part" and v is not None and v != [])
+        return f"{data['part']}({inner})"
+    if isinstance(data, float):
+        return f"{data:g}"
+    return str(data)
+
+
+def print_methods(as_json: bool) -> None:
+    """All recipes."""
+    from keel.recipes.registry import recipes
+
+    listed = [recipe_facts(recipe) for recipe in recipes().values()]
+    if as_json:
+        print_json(listed)
+        return
+    width = max(len(facts["name"]) for facts in listed)
+    for facts in listed:
+        base = f" (varies {facts['baseline']})" if facts["baseline"] else ""
+        print(f"{facts['name']:<{width}}  {facts['summary']}{base}")
+
+
+def recipe_facts(recipe: Any) -> dict[str, Any]:
+    """What `keel methods --json` says of a recipe."""
+    method = recipe()
+    slots = {}
+    for slot in SLOTS:
+        value = getattr(method, slot)
+        if value is None or value == {}:
+            continue
+        slots[slot] = (
+            {name: to_config(item)["part"] for name, item in value.items()}
+            if isinstance(value, Mapping)
+            else to_config(value)["part"]
+        )
+    return {
+        "name": recipe.name,
+        "paper": recipe.paper,
+        "baseline": recipe.baseline,
+        "kind": method.kind,
+        "slots": slots,
+        "arguments": {n: p.default for n, p in recipe.arguments.items()},
+        "objective": method.claim.objective if method.claim else None,
+        "summary": recipe.summary,
+    }
+
+
+def print_method(name: str, values: Mapping[str, Any], as_json: bool) -> None:
+    """The complete configuration of a recipe."""
+    from keel.train.configuration import Request, resolve
+
+    config = resolve(Request(recipe=name, values=values))
+    print_json(config.to_dict()) if as_json else print(config.to_yaml(), end="")
+
+
+def print_run(run: Any, as_json: bool) -> None:
+    """How a run ended."""
+    if as_json:
+        print_json({"path": str(run.path), **run.summary})
+        return
+    from rich.console import Console
+
+    from keel.report.run import read_run
+    from keel.report.terminal import evaluation_table, findings_text
+
+    console = Console()
+    if run.evaluations:
+        console.print(evaluation_table(run.evaluations.get("before"), run.evaluations.get("after")))
+    console.print(findings_text(read_run(run.path).findings()))
+    print(f"model   {run.path / run.summary['checkpoint']}")
+    print(f"report  {run.path / 'report.html'}")
+
+
+def print_evaluation(evaluation: Any, as_json: bool) -> None:
+    """Metrics with intervals."""
+    if as_json:
+        print_json(evaluation.to_json()["metrics"])
+        return
+    from rich.console import Console
+
+    from keel.report.terminal import evaluation_table
+
+    Console().print(evaluation_table(evaluation))
+
+
+def print_samples(samples: list[Any], as_json: bool) -> None:
+    """Completions with their log-probabilities."""
+    if as_json:
+        print_json([{"prompt": s.prompt, "completion": s.text, "log_prob": s.log_prob, "stop": s.stop} for s in samples])
+        return
+    for s in samples:
+        print(f"{s.log_prob:9.3f}  {s.stop:<11}  {s.prompt}{s.text}")
+
+
+def print_runs(folder: Path, as_json: bool) -> None:
+    """The runs of a folder, the newest first."""
+    from keel.store.store import Store
+
+    file = folder / "keel.sqlite"
+    found = []
+    if file.is_file():
+        with Store(file, readonly=True) as store:
+            found = store.runs()
+    if as_json:
+        print_json([{"name": r.name, "recipe": r.recipe, "task": r.task, "model": r.model, "seed": r.seed, "status": r.status,
+                     "step": r.step, "summary": r.summary} for r in found])  # fmt: skip
+        return
+    if not found:
+        print(f"no runs in {folder}")
+    for r in found:
+        after = (r.summary or {}).get("after") or {}
+        score = after.get("pass@1")
+        said = f"pass@1 {score[0]:.3f}" if score else ""
+        print(f"{r.name:<28} {r.recipe:<18} {r.task:<14} seed {r.seed:<4} step {r.step:<6} {r.status:<9} {said}")
+
+
+def print_dry_run(setup: Any, as_json: bool) -> None:
+    """Composition, estimates and the first rendered prompts, without training."""
+    from keel.cli.estimate import estimate
+
+    facts = estimate(setup)
+    if as_json:
+        print_json({"config": setup.config.to_dict(), **facts})
+        return
+    print_composition(setup.config)
+    sections = {name: section for name, section in setup.config.to_dict().items() if name in ("train", "task", "model")}
+    print(yaml.safe_dump(sections, sort_keys=False).rstrip())
+    for key in ("parameters", "trained_parameters"):
+        print(f"{key.replace('_', ' '):<20} {facts[key]:,}")
+    print(f"{'memory, estimated':<20} {facts['memory_gib']:.2f} GiB")
+    print(f"{'time, estimated':<20} {facts['seconds_per_step']:.2f} s a step (one measured), {facts['minutes']:.1f} min in all")
+    print("first batch:")
+    for prompt, completion in facts["first_batch"]:
+        print(f"  {prompt!r} -> {completion!r}")
+
+
+
+

@@ -1,0 +1,82 @@
+"""Heads that a method owns."""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keel.core.choice import generator
+from keel.core.policy import PolicyModel
+from keel.core.registry import part
+from keel.core.rows import Rows
+
+
+class ValueHead(nn.Module):
+    """v = w h + b, a number for each state; it starts at zero, so that the first advantages are those without a critic.
+
+    Args:
+        dim: size of a state.
+        std: standard deviation of the initial weights.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, dim: int, std: float = 0.0, seed: int = 0):
+        super().__init__()
+        noise = torch.randn(dim, generator=generator(seed, "value_head")) if std else torch.zeros(dim)
+        self.weight = nn.Parameter(std * noise)
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:
+        return hidden.to(self.weight.dtype) @ self.weight + self.bias
+
+
+class CriticModel(nn.Module):
+    """A critic with a body of its own: a copy of the policy's, and a value head on its states."""
+
+    def __init__(self, body: PolicyModel, head: ValueHead):
+        super().__init__()
+        self.body, self.head = body.module, head
+        self._policy = body
+
+    def hidden(self, rows: Rows) -> Float[Tensor, "B T D"]:
+        """States of the critic's own body."""
+        return self._policy.hidden(rows)
+
+    def forward(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:
+        return self.head(hidden)
+
+
+@part("critic")
+@dataclass(frozen=True)
+class Critic:
+    """A learned value: a head on the policy's states, or a model of its own that starts as a copy of the policy.
+
+    Args:
+        kind: head or model.
+        std: standard deviation of the head's initial weights; 0 starts at value 0.
+    """
+
+    kind: Literal["head", "model"] = "head"
+    std: float = 0.0
+
+    def build(self, policy: PolicyModel, seed: int) -> nn.Module:
+        """The module, on the policy's device."""
+        parameter = next(policy.module.parameters())
+        head = ValueHead(_width(policy), self.std, seed).to(parameter.device)
+        if self.kind == "head":
+            return head
+        body = copy.deepcopy(policy)
+        for weight in body.module.parameters():
+            weight.requires_grad_(True)
+        return CriticModel(body, head)
+
+
+def _width(policy: PolicyModel) -> int:
+    """Size of a state, read off one token."""
+    device = next(policy.module.parameters()).device
+    one = torch.zeros(1, 1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        return policy.hidden(Rows.build(one, one == 0, one, one == 0)).shape[-1]

@@ -1,0 +1,196 @@
+"""Models by name: frozen, moving and adapted copies of the policy, and pretrained ones."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from keel.core.errors import UserError
+from keel.core.policy import PolicyModel
+from keel.core.registry import part
+from keel.core.rows import Rows
+from keel.models.adapters import AdapterView
+from keel.models.language import LanguageModel
+from keel.models.load import frozen_copy, load, reference
+
+
+@part("initial")
+@dataclass(frozen=True)
+class Initial:
+    """The policy as it was before training; with LoRA the adapter-free base."""
+
+
+@part("pretrained")
+@dataclass(frozen=True)
+class Pretrained:
+    """Another model with the policy's vocabulary.
+
+    Args:
+        path: folder or hub name.
+        dtype: of its weights.
+    """
+
+    path: str
+    dtype: str = "float32"
+
+
+@part("snapshot")
+@dataclass(frozen=True)
+class Snapshot:
+    """The policy as it was at the last step that `every` divides.
+
+    Raises:
+        ValueError: `every` below 1.
+    """
+
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, not {self.every}")
+
+
+@part("ema")
+@dataclass(frozen=True)
+class EMA:
+    """theta_ema <- kappa theta_ema + (1 - kappa) theta, once a step.
+
+    Raises:
+        ValueError: kappa outside [0, 1).
+    """
+
+    kappa: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kappa < 1:
+            raise ValueError(f"kappa must be in [0, 1), not {self.kappa}")
+
+
+@part("adapter")
+@dataclass(frozen=True)
+class Adapter:
+    """The policy's base with another of its adapters."""
+
+    name: str
+
+
+Source = Initial | Pretrained | Snapshot | EMA | Adapter
+
+
+class SourceModel:
+    """A policy model that follows its source.
+
+    Args:
+        source: what it is.
+        model: what it gives now.
+        policy: what it follows.
+    """
+
+    def __init__(self, source: Source, model: PolicyModel, policy: PolicyModel):
+        self.source, self.model, self.policy = source, model, policy
+        # averages in fp32: in bf16 a small step is lost to rounding
+        narrow = {n: p for n, p in self._own().items() if p.dtype != torch.float32} if isinstance(source, EMA) else {}
+        self._wide = {name: parameter.float() for name, parameter in narrow.items()}
+
+    @property
+    def module(self) -> nn.Module:
+        """The parameters."""
+        return self.model.module
+
+    @property
+    def head(self):
+        """From states to logits."""
+        return self.model.head
+
+    @property
+    def moving(self) -> bool:
+        """Whether it changes during training, so that a checkpoint must hold it."""
+        return isinstance(self.source, (Snapshot, EMA))
+
+    @torch.no_grad()
+    def hidden(self, rows: Rows) -> Float[Tensor, "B T D"]:
+        """States without gradient."""
+        return self.model.hidden(rows)
+
+    @torch.no_grad()
+    def update(self, step: int) -> bool:
+        """Follow the policy after step `step` (counted from 1); True if anything changed."""
+        if isinstance(self.source, Snapshot):
+            if step % self.source.every:
+                return False
+            for own, live in self._pairs():
+                own.copy_(live)
+            return True
+        if isinstance(self.source, EMA):
+            for name, own in self._own().items():
+                wide = self._wide.get(name, own)
+                wide.lerp_(self._live()[name].to(wide.dtype), 1 - self.source.kappa)
+                if wide is not own:
+                    own.copy_(wide)
+            return True
+        return False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold of it; empty if it does not move."""
+        return {**self._own(), **self._wide} if self.moving else {}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
+        for name, own in (self._own() if self.moving else {}).items():
+            own.copy_(tensors[name])
+            if name in self._wide:
+                self._wide[name].copy_(tensors[name])
+
+    def _own(self) -> dict[str, Tensor]:
+        """Its own parameters that follow trained ones of the policy."""
+        live = self._live()
+        return {name: p.data for name, p in self.model.module.named_parameters() if name in live}
+
+    def _live(self) -> dict[str, Tensor]:
+        return {name: p.data for name, p in self.policy.module.named_parameters() if p.requires_grad}
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        live = self._live()
+        return [(own, live[name]) for name, own in self._own().items()]
+
+
+def build(source: Source, policy: PolicyModel, initial: PolicyModel | None = None) -> SourceModel:
+    """The model of a source.
+
+    Args:
+        source: what to build.
+        policy: the live one.
+        initial: the policy before training, where `policy` is past that (a resumed run); it is kept, not copied.
+
+    Raises:
+        UserError: the source does not fit the policy (vocabulary, adapters).
+    """
+    if isinstance(source, Initial):
+        return SourceModel(source, initial if initial is not None else reference(policy), policy)
+    if isinstance(source, (Snapshot, EMA)):
+        return SourceModel(source, frozen_copy(policy), policy)
+    if not isinstance(policy, LanguageModel):
+        raise UserError(f"{type(source).__name__} needs a language model", "models")
+    if isinstance(source, Adapter):
+        return SourceModel(source, AdapterView(policy, source.name), policy)
+    return SourceModel(source, _pretrained(source, policy), policy)
+
+
+def _pretrained(source: Pretrained, policy: LanguageModel) -> PolicyModel:
+    model = load(source.path, dtype=source.dtype, device=policy.device)
+    _check_same_vocabulary(model, policy, source.path)
+    model.module.requires_grad_(False)
+    return model
+
+
+def _check_same_vocabulary(model: Any, policy: LanguageModel, path: str) -> None:
+    same = model.vocabulary_size == policy.vocabulary_size
+    if not same or model.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise UserError(
+            f"its vocabulary ({model.vocabulary_size} tokens) is not the policy's ({policy.vocabulary_size})",
+            path,
+            "Token by token comparisons need one tokenizer: choose a model of the same family.",
+        )

@@ -1,0 +1,1 @@
+"""What happened, for people: pages that stand alone, tables in the terminal, and a diagnosis in words."""

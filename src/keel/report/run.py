@@ -1,0 +1,291 @@
+"""The report of one run: what it was, what it did, and what to change."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from keel.core.errors import RunError
+from keel.evaluate.evaluation import Completion, Evaluation, change
+from keel.report.arms import before_and_after
+from keel.report.diagnosis import Finding, diagnose
+from keel.report.figures import Figure, curves, evaluations_over_steps, frontier, pass_curves
+from keel.report.page import cell, document, figures, prose, table, text, write
+from keel.store.records import StoredRun
+from keel.store.store import Store
+
+SHOWN = 6  # prompts whose completions are shown
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """All that a report is made of.
+
+    Args:
+        run: the run with its configuration.
+        metrics: curves by name.
+        evaluations: (step, phase, evaluation) by growing step; the phases "before" and "after" are set side by side.
+        composition: the resolved composition as YAML.
+    """
+
+    run: StoredRun
+    metrics: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    evaluations: Sequence[tuple[int, str, Evaluation]] = ()
+    composition: str = ""
+
+    @property
+    def before(self) -> Evaluation | None:
+        """The evaluation before training."""
+        return self._phase("before")
+
+    @property
+    def after(self) -> Evaluation | None:
+        """The evaluation after training."""
+        return self._phase("after")
+
+    def findings(self) -> list[Finding]:
+        """The diagnosis."""
+        return diagnose(self.metrics, self.run.config or {}, self.before, self.after)
+
+    def _phase(self, wanted: str) -> Evaluation | None:
+        found = [evaluation for _, phase, evaluation in self.evaluations if phase == wanted]
+        return found[-1] if found else None
+
+
+def read_run(directory: str | Path, store: str | Path | None = None) -> RunData:
+    """What is stored about the run of a directory.
+
+    Args:
+        directory: runs/NAME.
+        store: the store; by default `keel.sqlite` beside the directory.
+
+    Raises:
+        RunError: the store has no run of that name.
+        UserError: there is no store.
+    """
+    directory = Path(directory)
+    with Store(store or directory.parent / "keel.sqlite", readonly=True) as opened:
+        run = opened.run(directory.name)
+        metrics = opened.metrics(run.id)
+        stored = opened.evaluations(run.id)
+    try:
+        evaluations = [(e.step, e.phase, Evaluation.from_json(e.evaluation)) for e in stored]
+    except ValueError as error:
+        raise RunError(f"A stored evaluation cannot be read ({error}).", str(directory)) from error
+    config = directory / "config.yaml"
+    composition = config.read_text(encoding="utf-8") if config.exists() else ""
+    return RunData(run, metrics, evaluations, composition)
+
+
+def write_report(run: RunData | str | Path, path: str | Path | None = None) -> Path:
+    """Write the report of a run as one HTML file.
+
+    Args:
+        run: its data, or its directory.
+        path: the file; by default `report.html` in the directory.
+
+    Raises:
+        RunError: nothing is stored about the run.
+        UserError: the file cannot be written.
+    """
+    if not isinstance(run, RunData):
+        path = path or Path(run) / "report.html"
+        run = read_run(run)
+    if path is None:
+        raise ValueError("write_report needs a path when it is given data")
+    return write(path, report(run))
+
+
+def report(data: RunData) -> str:
+    """The report as HTML."""
+    parts = [_head(data), _tiles(data), "<h2>Diagnosis</h2>", findings_list(data.findings())]
+    abilities = [pass_curves(arms := before_and_after(data.before, data.after)), frontier(arms), *_held_out(data)]
+    if any(abilities):
+        parts += ["<h2>Held-out prompts</h2>", figures(abilities, "ability"), _evaluation_table(data)]
+    training = training_figures(data.metrics)
+    if any(training):
+        parts += ["<h2>Training</h2>", figures(training, "training")]
+    parts += [_completions(data), _composition(data)]
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime())
+    parts.append(
+        f"<footer>Written by Keel, {written}. Brackets and bands are 95% bootstrap intervals over prompts.</footer>"
+    )
+    return document(f"{data.run.name} – Keel", [part for part in parts if part])
+
+
+def training_figures(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> list[Figure | None]:
+    """The curves of a training run, those that were logged."""
+    functions = {
+        name: name.removeprefix("rewards/").removesuffix("/mean")
+        for name in sorted(metrics)
+        if name.startswith("rewards/") and name.endswith("/mean")
+    }
+    terms = {name: name.removeprefix("terms/") for name in sorted(metrics) if name.startswith("terms/")}
+    clip = {
+        "clip_ratio/region_mean": "outside the range",
+        "clip_ratio/low_mean": "below",
+        "clip_ratio/high_mean": "above",
+    }
+    cut = {"completions/clipped_ratio": "cut off"}
+    return [
+        curves("Reward", metrics, {"reward": "reward"}),
+        curves("Reward functions", metrics, functions) if len(functions) > 1 else None,
+        curves("Entropy", metrics, {"entropy": "entropy"}, unit="nats a token", floor=0.0),
+        curves("KL to the reference", metrics, {"kl": "KL"}, unit="nats a token"),
+        curves("Completion length", metrics, {"completions/mean_length": "mean length"}, unit="tokens", floor=0.0),
+        curves("Cut off by the length limit", metrics, cut, percent=True, floor=0.0),
+        curves("Tokens outside the clip range", metrics, clip, percent=True, floor=0.0),
+        curves("Groups with equal rewards", metrics, {"frac_reward_zero_std": "tied groups"}, percent=True, floor=0.0),
+        curves("Gradient norm", metrics, {"grad_norm": "gradient norm"}, floor=0.0),
+        curves("Terms of the loss", metrics, terms),
+        curves("Sampler against trainer", metrics, {"rollout/logp_gap": "gap"}, unit="nats a token", floor=0.0),
+        curves("Effective sample size", metrics, {"rollout/ess": "share of rows"}, percent=True, floor=0.0),
+    ]
+
+
+def findings_list(findings: Sequence[Finding]) -> str:
+    """A diagnosis as HTML."""
+    items = "\n".join(
+        f'<li class="{finding.level}"><span class="level">{finding.level.capitalize()}</span>'
+        f"<span>{prose(finding.sentence)}</span></li>"
+        for finding in findings
+    )
+    return f'<ul class="findings">\n{items}\n</ul>'
+
+
+def _head(data: RunData) -> str:
+    run = data.run
+    seconds = (run.finished or run.updated) - run.created
+    facts = {
+        "status": run.status,
+        "recipe": run.recipe,
+        "task": run.task,
+        "model": run.model,
+        "seed": run.seed,
+        "steps": run.step,
+        "took": _duration(seconds),
+        "began": time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created)),
+    }
+    items = "".join(f"<li>{name} <b>{text(value)}</b></li>" for name, value in facts.items() if value != "")
+    return f'<header>\n<h1>{text(run.name)}</h1>\n<ul class="facts">{items}</ul>\n</header>'
+
+
+def _tiles(data: RunData) -> str:
+    before, after = data.before, data.after
+    if before is None and after is None:
+        return ""
+    shown = after or before
+    assert shown is not None
+    names = ["pass@1", shown.largest("pass"), "entropy", "kl"]
+    tiles = []
+    for name in dict.fromkeys(name for name in names if name):
+        first = before.metrics.get(name) if before else None
+        last = after.metrics.get(name) if after else None
+        if first is None and last is None:
+            continue
+        values = " → ".join(f"{value.value:.3f}" for value in (first, last) if value is not None)
+        gained = change(before, after, name) if before and after else None
+        below = f"{cell(gained, signed=True)}" if gained is not None else ""
+        tiles.append(
+            f'<div class="tile"><dt>{name}</dt><dd class="value">{values}</dd><dd class="muted">{below}</dd></div>'
+        )
+    return f'<dl class="tiles">\n{"".join(tiles)}\n</dl>'
+
+
+def _held_out(data: RunData) -> list[Figure | None]:
+    if len(data.evaluations) < 3:
+        return []
+    points = [(step, evaluation.metrics) for step, _, evaluation in data.evaluations]
+    many = data.evaluations[-1][2].largest("pass")
+    names = dict.fromkeys(["pass@1", *([many] if many else [])])
+    return [evaluations_over_steps(points, list(names))]
+
+
+def _evaluation_table(data: RunData) -> str:
+    before, after = data.before, data.after
+    arms = before_and_after(before, after)
+    if not arms:
+        return ""
+    names = dict.fromkeys(name for arm in arms for name in arm.evaluation.metrics)
+    both = before is not None and after is not None
+    rows = []
+    for name in names:
+        row = [text(name), *(cell(arm.evaluation.metrics.get(name)) for arm in arms)]
+        rows.append([*row, cell(change(before, after, name), signed=True)] if before and after else row)
+    head = ["", *(arm.label.removesuffix(" training") for arm in arms), *(["change"] if both else [])]
+    sizes = arms[-1].evaluation
+    caption = f"{sizes.prompts} prompts, {sizes.samples} samples of each; below each number its 95% interval."
+    if sizes.errors:
+        caption += f" {sizes.errors} samples could not be scored and count nowhere."
+    return table(head, rows, caption)
+
+
+def _completions(data: RunData) -> str:
+    first = _by_prompt(data.before)
+    last = _by_prompt(data.after)
+    prompts = [key for key in (first if first else last) if not first or not last or key in last][:SHOWN]
+    if not prompts:
+        return ""
+    threshold = (data.after or data.before).threshold  # type: ignore[union-attr]
+    blocks = []
+    for key in prompts:
+        sides = [("before training", first.get(key)), ("after training", last.get(key))]
+        columns = "".join(
+            f'<div><span class="muted">{label}</span>{"".join(_completion(c, threshold) for c in shown)}</div>'
+            for label, shown in sides
+            if shown
+        )
+        blocks.append(
+            f'<article class="card pair"><div class="prompt"><pre>{text(key[1])}</pre></div>{columns}</article>'
+        )
+    return "<h2>Completions</h2>\n" + "\n".join(blocks)
+
+
+def _by_prompt(evaluation: Evaluation | None) -> dict[tuple[int, str], list[Completion]]:
+    found: dict[tuple[int, str], list[Completion]] = {}
+    for kept in evaluation.completions if evaluation else ():
+        found.setdefault((kept.index, kept.prompt), []).append(kept)
+    return found
+
+
+def _completion(kept: Completion, threshold: float) -> str:
+    if kept.reward != kept.reward:
+        level, word = "warning", "not scored"
+    elif kept.reward > threshold:
+        level, word = "good", f"reward {kept.reward:.3g}"
+    else:
+        level, word = "problem", f"reward {kept.reward:.3g}"
+    cut = ", cut off" if kept.clipped else ""
+    return (
+        f'<div class="completion"><pre>{text(kept.text)}</pre><small><span class="verdict {level}" style="color: var(--level)">{word}</span>, '
+        f"{kept.length} tokens{cut}</small></div>"
+    )
+
+
+def _composition(data: RunData) -> str:
+    shown = data.composition
+    if not shown and data.run.config:
+        shown = yaml.safe_dump(data.run.config, sort_keys=False, allow_unicode=True)
+    if not shown:
+        return ""
+    return (
+        '<h2>Composition</h2>\n<details class="card"><summary>The resolved configuration, complete: it runs as it '
+        f"stands</summary>\n<pre>{text(shown)}</pre></details>"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(3725)
+    '1 h 2 min'
+    """
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

@@ -1,0 +1,335 @@
+"""The decoding loop: one for every architecture, over a stepper that knows how to run the model token by token.
+
+The choice of a token depends on its row's identity and its position alone (one uniform for each), and finished rows leave
+the batch, so that neither the order of rows nor their neighbours matter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from keel.core.choice import counter_seed, row_ids, uniforms
+from keel.core.errors import UserError
+from keel.core.policy import Head
+from keel.core.rows import Rows, Stop
+from keel.models.language import LanguageModel
+from keel.rollouts.sampling import Sampling
+
+BLOCK = 256  # tokens of a block in the two-level search for a token
+
+
+class Stepper(Protocol):
+    """A model that continues sequences by one token at a time."""
+
+    def prefill(self, ids: Int[Tensor, "N P"], mask: Bool[Tensor, "N P"], room: int) -> Float[Tensor, "N D"]:
+        """Read left-padded prompts; at most `room` tokens will follow. The states of their last tokens."""
+        ...
+
+    def expand(self, index: Int[Tensor, "n"]) -> None:
+        """From now on row i continues prompt `index[i]`."""
+        ...
+
+    def step(self, tokens: Int[Tensor, "n"]) -> Float[Tensor, "n D"]:
+        """Append one token to each row; their states."""
+        ...
+
+    def keep(self, index: Int[Tensor, "m"]) -> None:
+        """Go on with these rows only, in this order; the stepper may assume what `survivors` gives."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is to be continued: each distinct prompt once, and a row for each completion.
+
+    Args:
+        ids, mask: distinct prompts, left-padded, shape [N, P].
+        index: prompt of each row, shape [B].
+        group, data_index, row: of each row, shape [B].
+    """
+
+    ids: Int[Tensor, "N P"]
+    mask: Bool[Tensor, "N P"]
+    index: Int[Tensor, "B"]
+    group: Int[Tensor, "B"]
+    data_index: Int[Tensor, "B"]
+    row: Int[Tensor, "B"]
+
+    @staticmethod
+    def of(
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        room: int,
+        *,
+        seed: int,
+        step: int,
+        data_index: Sequence[int] | None,
+    ) -> "Prompts":
+        """Each prompt `num_generations` times; an empty one is the model's start token.
+
+        Raises:
+            UserError: no prompts, a prompt that leaves no room for a completion, or a token outside the vocabulary.
+        """
+        if not prompts or num_generations < 1:
+            raise UserError("there is nothing to generate", "prompts", "Give at least one prompt and one generation.")
+        if data_index is not None and len(data_index) != len(prompts):
+            raise UserError(f"{len(data_index)} indices for {len(prompts)} prompts", "data_index")
+        texts = [tuple(prompt) or (model.start_id,) for prompt in prompts]
+        _check_prompts(model, texts, room)
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        width = max(map(len, place))
+        ids = torch.tensor([[model.pad_id] * (width - len(text)) + list(text) for text in place])
+        length = torch.tensor([len(text) for text in place])
+        group = torch.arange(len(prompts)).repeat_interleave(num_generations)
+        index = torch.arange(len(prompts)) if data_index is None else torch.as_tensor(data_index, dtype=torch.long)
+        sample = torch.arange(num_generations).repeat(len(prompts))
+        found = Prompts(
+            ids=ids,
+            mask=torch.arange(width) >= width - length[:, None],
+            index=torch.tensor([place[text] for text in texts])[group],
+            group=group,
+            data_index=index[group],
+            row=row_ids(seed, step, index[group], sample),
+        )
+        return Prompts(**{name: value.to(model.device) for name, value in vars(found).items()})
+
+    def part(self, start: int, stop: int) -> "Prompts":
+        """Some rows with their prompts."""
+        used, index = self.index[start:stop].unique(return_inverse=True)
+        rest = {name: getattr(self, name)[start:stop] for name in ("group", "data_index", "row")}
+        mask = self.mask[used]
+        left = int((~mask.any(0)).sum())
+        return Prompts(ids=self.ids[used][:, left:], mask=mask[:, left:], index=index, **rest)
+
+    def rows(self, drawn: "Drawn", pad_id: int) -> Rows:
+        """Rows of what was drawn for them, without columns that are padding in all."""
+        width = max(1, int(drawn.length.max()))
+        mask = torch.arange(width, device=drawn.length.device) < drawn.length[:, None]
+        return Rows.build(
+            self.ids[self.index],
+            self.mask[self.index],
+            drawn.tokens[:, :width].masked_fill(~mask, pad_id),
+            mask,
+            stop=drawn.stop,
+            row=self.row,
+            group=self.group,
+            data_index=self.data_index,
+            logp={"behaviour": drawn.logp[:, :width].masked_fill(~mask, 0.0)},
+        )
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Completions as they were drawn: tokens and log-probabilities [B, T], lengths and reasons to stop [B]."""
+
+    tokens: Int[Tensor, "B T"]
+    logp: Float[Tensor, "B T"]
+    length: Int[Tensor, "B"]
+    stop: Int[Tensor, "B"]
+
+
+def decode(
+    stepper: Stepper, model: LanguageModel, prompts: Prompts, sampling: Sampling, *, compact: float = 0.25
+) -> Drawn:
+    """Draw one completion for each row.
+
+    Args:
+        stepper: runs the model.
+        model: its head, end tokens and tokenizer.
+        prompts: what to continue.
+        sampling: how.
+        compact: finished rows leave the batch when they are this share of it; above 1 they never do.
+    """
+    rows, limit, device = len(prompts.row), sampling.max_completion_length, prompts.row.device
+    tokens = torch.full((rows, limit), model.pad_id, device=device)
+    logp = torch.zeros(rows, limit, device=device)
+    length = torch.full((rows,), limit, device=device)
+    stop = torch.full((rows,), int(Stop.LENGTH), device=device)
+    ends = _table(model, model.eos_ids)
+    texts = StopStrings.of(model, sampling.stop_strings)
+    chooser = Chooser(model.head, sampling, prompts.row, limit)
+
+    states = stepper.prefill(prompts.ids, prompts.mask, limit)[prompts.index]
+    stepper.expand(prompts.index)
+    alive = torch.arange(rows, device=device)  # where the rows of the batch belong
+    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    for t in range(limit):
+        chosen, chosen_logp = chooser(states, alive, t)
+        tokens[alive, t], logp[alive, t] = chosen, chosen_logp
+        finished = [(ends[chosen], Stop.EOS)] if ends is not None else []
+        if texts is not None:
+            finished.append((texts.found(tokens, alive, chosen, t), Stop.STOP_STRING))
+        for now, reason in finished:
+            now = now & ~done
+            length[alive[now]], stop[alive[now]] = t + 1, int(reason)
+            done |= now
+        if t + 1 == limit:
+            break
+        gone = int(done.sum())
+        if gone == len(done):
+            break
+        if gone >= max(1.0, compact * len(done)):
+            index = survivors(done)
+            alive, chosen, done = alive[index], chosen[index], done[index]
+            stepper.keep(index)
+        states = stepper.step(chosen)
+    return Drawn(tokens, logp, length, stop)
+
+
+def survivors(done: Bool[Tensor, "n"]) -> Int[Tensor, "m"]:
+    """Rows that go on, each at its own place where possible: the last ones fill the holes, so that little moves."""
+    count = len(done) - int(done.sum())
+    index = torch.arange(count, device=done.device)
+    index[done[:count]] = count + (~done[count:]).nonzero(as_tuple=True)[0]
+    return index
+
+
+class Chooser:
+    """Draws the next token of each row with the uniform that belongs to its row and position.
+
+    Args:
+        head: from states to logits.
+        sampling: temperature and filters. Greedy decoding takes the likeliest token and records its log-probability
+            under the unfiltered distribution at temperature 1.
+        row: identities of all rows, shape [B].
+        limit: positions at most.
+    """
+
+    SPAN = 64  # positions for which uniforms are drawn at once
+
+    def __init__(self, head: Head, sampling: Sampling, row: Int[Tensor, "B"], limit: int):
+        self.head, self.sampling, self.filter = head, sampling, sampling.filter
+        self.row, self.limit, self.numbers = row ^ counter_seed("rollout"), limit, torch.empty(0)
+
+    def __call__(
+        self, states: Float[Tensor, "n D"], alive: Int[Tensor, "n"], position: int
+    ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+        """Tokens of the rows `alive`, and their log-probabilities under the distribution sampled."""
+        logits = self.head.logits(states)
+        if self.sampling.temperature == 0:
+            token = logits.argmax(-1)
+            return token, _pick(logits, token) - logits.logsumexp(-1)
+        if self.sampling.temperature != 1:
+            logits = logits / self.sampling.temperature
+        if self.filter is not None:
+            logits = self.filter(logits)
+        probs = logits.softmax(-1)
+        token = draw(probs, self._uniform(position)[alive])
+        return token, _pick(probs, token).log()
+
+    def _uniform(self, position: int) -> Float[Tensor, "B"]:
+        if position % self.SPAN == 0:
+            span = torch.arange(position, min(self.limit, position + self.SPAN), device=self.row.device)
+            row = self.row.repeat(len(span))
+            self.numbers = uniforms(row, span.repeat_interleave(len(self.row))).view(len(span), -1)
+        return self.numbers[position % self.SPAN]
+
+
+def draw(probs: Float[Tensor, "n V"], uniform: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
+    """The first token whose cumulative probability exceeds the uniform's share; never one of probability 0.
+
+    Sums are taken in fp64. A large vocabulary is searched in two levels, blocks first, because a running sum over all of
+    it costs more than everything else.
+    """
+    rows, vocabulary = probs.shape
+    if vocabulary <= 4 * BLOCK:
+        return _search(probs, uniform)[0]
+    blocks = -(-vocabulary // BLOCK)
+    if vocabulary % BLOCK:
+        probs = torch.nn.functional.pad(probs, (0, blocks * BLOCK - vocabulary))
+    grid = probs.view(rows, blocks, BLOCK)
+    block, rest = _search(grid.sum(-1, dtype=torch.float64), uniform)
+    inside = grid[torch.arange(rows, device=probs.device), block]
+    return block * BLOCK + _search(inside, rest)[0]
+
+
+def _search(weight: Float[Tensor, "n m"], share: Float[Tensor, "n"]) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+    """The entry at which the running sum exceeds `share` of the total, and the share of that entry below the point."""
+    sums = weight.double().cumsum(-1)
+    total = sums[:, -1:]
+    # below the total, so that rounding never leads past the last entry with weight
+    goal = torch.minimum(share[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(sums, goal, right=True)
+    size = weight.double().gather(-1, place)
+    below = sums.gather(-1, place) - size
+    return place[:, 0], ((goal - below) / size).clamp(0, 1)[:, 0]
+
+
+def _pick(values: Float[Tensor, "n V"], token: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    return values.gather(-1, token[:, None])[:, 0]
+
+
+class StopStrings:
+    """Finds rows in whose text a stop string has just appeared.
+
+    Only rows whose last token could complete one are decoded: a table over the vocabulary says which tokens hold the
+    last character of a stop string.
+
+    Args:
+        tokenizer: decodes.
+        strings: what to look for.
+        table: tokens that may complete one, shape [V].
+    """
+
+    def __init__(self, tokenizer: Any, strings: tuple[str, ...], table: Bool[Tensor, "V"]):
+        self.tokenizer, self.strings, self.table = tokenizer, strings, table
+        self.window = 4 * max(map(len, strings)) + 16  # tokens; four bytes make a character at most
+
+    @staticmethod
+    def of(model: LanguageModel, strings: tuple[str, ...]) -> "StopStrings | None":
+        """None without any."""
+        strings = tuple(text for text in strings if text)
+        if not strings:
+            return None
+        last = frozenset(text[-1] for text in strings)
+        tokens = [i for i in range(len(model.tokenizer)) if _may_complete(model.tokenizer, last)[i]]
+        table = _table(model, tokens)
+        assert table is not None
+        return StopStrings(model.tokenizer, strings, table)
+
+    def found(
+        self, tokens: Int[Tensor, "B T"], alive: Int[Tensor, "n"], chosen: Int[Tensor, "n"], position: int
+    ) -> Bool[Tensor, "n"]:
+        """Rows of the batch in whose text a stop string ends within the token at `position`."""
+        result = self.table[chosen]
+        candidates = result.nonzero(as_tuple=True)[0]
+        if len(candidates):
+            start = max(0, position + 1 - self.window)
+            texts = self.tokenizer.batch_decode(tokens[alive[candidates], start : position + 1].tolist())
+            hits = [any(text in completion for text in self.strings) for completion in texts]
+            result[candidates] = torch.tensor(hits, device=result.device)
+        return result
+
+
+@lru_cache(maxsize=8)
+def _may_complete(tokenizer: Any, last: frozenset[str]) -> tuple[bool, ...]:
+    """For each token, whether its text holds one of the characters, or part of a character."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return tuple("\ufffd" in text or not last.isdisjoint(text) for text in texts)
+
+
+def _table(model: LanguageModel, tokens: Sequence[int]) -> Bool[Tensor, "V"] | None:
+    if not len(tokens):
+        return None
+    table = torch.zeros(model.vocabulary_size, dtype=torch.bool, device=model.device)
+    table[torch.as_tensor(tokens, device=model.device)] = True
+    return table
+
+
+def _check_prompts(model: LanguageModel, texts: Sequence[tuple[int, ...]], room: int) -> None:
+    longest, limit = max(map(len, texts)), model.context_length
+    if limit is not None and longest + room > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and a completion of {room} do not fit the model's context of {limit}",
+            "max_completion_length",
+            "Lower max_completion_length or max_prompt_length.",
+        )
+    highest = max(max(text) for text in texts)
+    if highest >= model.vocabulary_size or min(min(text) for text in texts) < 0:
+        raise UserError(f"token {highest} is outside the vocabulary of {model.vocabulary_size}", "prompts")

@@ -1,0 +1,86 @@
+"""The local generator: Keel's own decoding, on the weights of the model that is trained."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from keel.core.errors import UserError
+from keel.core.rows import Rows, cat
+from keel.models.language import LanguageModel
+from keel.rollouts.decoding import Drawn, Prompts, Stepper, decode
+from keel.rollouts.sampling import Sampling
+from keel.rollouts.steppers import CacheStepper, DecoderStepper, Workspace
+
+
+class LocalGenerator:
+    """Draws completions with a key-value cache; see `Generator` for what it promises.
+
+    Each distinct prompt is read once, finished rows leave the batch, and a token depends on its row's identity alone. At
+    temperature 0 the behaviour log-probability is that of the unfiltered distribution at temperature 1.
+
+    Args:
+        model: the policy; its weights are read at each call.
+        batch_rows: completions that are decoded together at most; None takes all.
+        compact: share of finished rows at which they leave the batch.
+
+    Raises:
+        UserError: the architecture keeps its memory in another form than a key-value cache.
+    """
+
+    def __init__(self, model: LanguageModel, *, batch_rows: int | None = None, compact: float = 0.25):
+        if not CacheStepper.serves(model):
+            raise UserError(
+                f"{model.architecture} does not decode with a key-value cache",
+                "rollout.generator",
+                "Use the generator 'transformers'.",
+            )
+        self.model, self.batch_rows, self.compact = model, batch_rows, compact
+        self.workspace = Workspace()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int = 0,
+        data_index: Sequence[int] | None = None,
+    ) -> Rows:
+        """Completions for tokenised prompts; see `Generator`.
+
+        Raises:
+            UserError: prompts that do not fit the model's context or vocabulary.
+        """
+        room = sampling.max_completion_length
+        asked = Prompts.of(
+            self.model, prompts, num_generations, room, seed=seed, step=step, data_index=data_index
+        )
+        size = self.batch_rows or len(asked.row)
+        with evaluating(self.model):
+            stepper = self.stepper(asked.ids.shape[1] + room)
+            parts = [asked.part(i, i + size) for i in range(0, len(asked.row), size)] if size < len(asked.row) else [asked]
+            return cat([part.rows(self._draw(stepper, part, sampling), self.model.pad_id) for part in parts])
+
+    def stepper(self, length: int) -> Stepper:
+        """What runs the model over sequences of at most `length` tokens."""
+        if DecoderStepper.serves(self.model, length):
+            return DecoderStepper(self.model, self.workspace)
+        return CacheStepper(self.model)
+
+    def _draw(self, stepper: Stepper, prompts: Prompts, sampling: Sampling) -> Drawn:
+        return decode(stepper, self.model, prompts, sampling, compact=self.compact)
+
+
+@contextlib.contextmanager
+def evaluating(model: LanguageModel) -> Iterator[None]:
+    """No gradient, no dropout, the model's mixed precision."""
+    training = model.module.training
+    model.module.eval()
+    kind = model.device.type
+    try:
+        with torch.no_grad(), torch.autocast(kind, model.autocast, enabled=model.autocast is not None):
+            yield
+    finally:
+        model.module.train(training)

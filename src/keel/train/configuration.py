@@ -1,0 +1,285 @@
+"""From a recipe, arguments and paths to a complete configuration, and back.
+
+Later sources win: the recipe's defaults, its training preset, the task's preset (for the built-in model), a configuration
+file, arguments, paths.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from keel.core.config import from_config, to_config
+from keel.core.errors import ConfigError, nearest
+from keel.method import Method
+from keel.recipes.registry import Recipe, recipe_named
+from keel.tasks.task import Task
+from keel.train.settings import EvaluateSettings, ModelSettings, Section, TaskSettings, TrainSettings, parse
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSettings,
+    "task": TaskSettings,
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+}
+KEYS = ("recipe", "method", *SECTIONS, "seed", "name")
+TINY = "tiny"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything that decides a run.
+
+    Args:
+        recipe: name of the recipe, or None for a method made by hand.
+        arguments: of the recipe.
+        method: the resolved composition.
+        model, task, train, evaluate: the sections.
+        seed: decides all randomness.
+        name: of the run.
+    """
+
+    recipe: str | None
+    arguments: Mapping[str, Any]
+    method: Method
+    model: ModelSettings
+    task: TaskSettings
+    train: TrainSettings
+    evaluate: EvaluateSettings
+    seed: int
+    name: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, complete: `from_dict` gives the same configuration."""
+        return {
+            "recipe": None if self.recipe is None else {"name": self.recipe, "arguments": to_config(self.arguments)},
+            "method": to_config(self.method),
+            **{name: getattr(self, name).model_dump(mode="json") for name in SECTIONS},
+            "seed": self.seed,
+            "name": self.name,
+        }
+
+    def to_yaml(self) -> str:
+        """The configuration as it is stored with a run."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+@dataclass
+class Request:
+    """What a user asked for, before it is resolved.
+
+    Args:
+        recipe: a name, a method, or None where a file says it.
+        values: `--set` keys and keyword settings: bare names and dotted paths.
+        file: contents of a configuration file.
+        model: `tiny`, folder or hub name; None leaves it to the file.
+        seed, name: None leaves them to the file.
+    """
+
+    recipe: str | Method | None = None
+    values: Mapping[str, Any] | None = None
+    file: Mapping[str, Any] | None = None
+    model: str | None = None
+    task: str | None = None
+    data: str | None = None
+    rewards: tuple[str, ...] = ()
+    seed: int | None = None
+    name: str | None = None
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """A configuration file.
+
+    Raises:
+        ConfigError: it is not there, is no YAML mapping, or has unknown sections.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", str(path)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not valid YAML: {' '.join(str(error).split())}", str(path)) from error
+    if not isinstance(data, dict):
+        raise ConfigError("is no mapping of sections", str(path), f"Sections: {', '.join(KEYS)}.")
+    for key in data:
+        if key not in KEYS:
+            raise ConfigError(f"unknown section '{key}'.{nearest(str(key), KEYS)}", str(path), f"Sections: {', '.join(KEYS)}.")
+    return data
+
+
+def settings_of_task(request: Request) -> TaskSettings:
+    """The task section alone, needed before the task's own preset is known."""
+    return parse(TaskSettings, _section_values(request, "task"), "task")
+
+
+def resolve(request: Request, task: Task | None = None) -> Configuration:
+    """The complete configuration.
+
+    Args:
+        request: what was asked for.
+        task: the loaded task, for its preset and its length of completions.
+
+    Raises:
+        ConfigError: an unknown recipe, argument, key or path, or a value that does not fit.
+    """
+    file = dict(request.file or {})
+    known, arguments = _recipe_of(request, file)
+    bare, paths = _sorted_values(request, known)
+    model = parse(ModelSettings, _section_values(request, "model"), "model")
+    preset = _preset(known, task, model)
+    if isinstance(request.recipe, Method) or file.get("method") is not None:
+        if bare:
+            raise ConfigError("the composition is given in full, so recipe arguments do not apply", next(iter(bare)),
+                              "Use a path into the method, such as terms.kl.coef, or leave the method section out.")  # fmt: skip
+        method = request.recipe if isinstance(request.recipe, Method) else from_config(file["method"], "method")
+        if not isinstance(method, Method):
+            raise ConfigError("is no composition", "method", "Write it as `keel methods show NAME` prints it.")
+        preset = {key: value for key, value in preset.items() if key.split(".")[0] in SECTIONS}
+    else:
+        assert known is not None
+        fitting = {k: v for k, v in preset.items() if "." not in k and k in known.arguments}
+        arguments = {**fitting, **arguments, **bare}
+        method = known(**arguments)
+        method = _with_preset(method, preset, arguments, known, task)
+    for path, value in paths.items():
+        method = method.set(path, value)
+    values = {name: dict(_section_values(request, name)) for name in SECTIONS}
+    for key, value in preset.items():
+        section, _, name = key.partition(".")
+        if section in SECTIONS and name:
+            values[section].setdefault(name, value)
+    parsed = {name: parse(SECTIONS[name], values[name], name) for name in SECTIONS}
+    recipe = known.name if known is not None else None
+    seed = request.seed if request.seed is not None else file.get("seed", 0)
+    name = request.name or file.get("name") or recipe or "run"
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"must be a non-negative whole number (got {seed!r})", "seed")
+    return Configuration(recipe, arguments, method, seed=seed, name=str(name), **parsed)
+
+
+def from_dict(data: Mapping[str, Any]) -> Configuration:
+    """The inverse of `Configuration.to_dict`."""
+    recipe = data.get("recipe") or {}
+    parsed = {name: parse(SECTIONS[name], data.get(name) or {}, name) for name in SECTIONS}
+    method = from_config(data["method"], "method")
+    return Configuration(
+        recipe.get("name"), recipe.get("arguments") or {}, method, seed=data["seed"], name=data["name"], **parsed
+    )
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Dotted keys at which two plain configurations differ, with both values."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        found: list[str] = []
+        for key in [*one, *(k for k in other if k not in one)]:
+            here = f"{where}.{key}" if where else str(key)
+            found += differences(one.get(key, "absent"), other.get(key, "absent"), here)
+        return found
+    return [] if one == other else [f"{where}: {one!r} -> {other!r}"]
+
+
+def _recipe_of(request: Request, file: Mapping[str, Any]) -> tuple[Recipe | None, dict[str, Any]]:
+    if isinstance(request.recipe, Method):
+        return None, {}
+    given = file.get("recipe") or {}
+    if isinstance(given, str):
+        given = {"name": given}
+    if not isinstance(given, Mapping) or set(given) - {"name", "arguments"}:
+        raise ConfigError("must have a name and arguments", "recipe", "For example {name: grpo, arguments: {beta: 0.04}}.")
+    name = request.recipe or given.get("name")
+    if name is None:
+        if file.get("method") is None:
+            raise ConfigError("no recipe is named", None, "Give one, such as grpo; `keel methods` lists them.")
+        return None, {}
+    if request.recipe and given.get("name") not in (None, request.recipe):
+        raise ConfigError(f"the file is for recipe '{given['name']}', not '{request.recipe}'", "recipe")
+    return recipe_named(str(name)), dict(given.get("arguments") or {})
+
+
+def _sorted_values(request: Request, known: Recipe | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Bare names for the recipe, and paths into the method; those of sections are read by `_section_values`."""
+    bare: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
+    arguments = known.arguments if known is not None else {}
+    for key, value in (request.values or {}).items():
+        head, _, rest = key.partition(".")
+        if rest:
+            if head not in SECTIONS:
+                paths[key] = value
+        elif key in arguments:
+            bare[key] = value
+        elif key not in TrainSettings.model_fields:
+            choices = [*arguments, *TrainSettings.model_fields]
+            raise ConfigError(f"nothing is called '{key}'.{nearest(key, choices)}", key,
+                              f"Arguments of the recipe: {', '.join(arguments) or 'none'}.")  # fmt: skip
+    return bare, paths
+
+
+def _section_values(request: Request, name: str) -> dict[str, Any]:
+    """What the file, the flags and the paths say of one section."""
+    given = dict(request.file or {}).get(name) or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError("must be a mapping", name)
+    values = dict(given)
+    if name == "model" and request.model is not None:
+        values["path"] = request.model
+    if name == "task":
+        if request.task is not None:
+            values.update(name=request.task, data=None)
+        if request.data is not None:
+            values.update(data=request.data, name=None)
+        if request.rewards:
+            values["rewards"] = request.rewards
+    for key, value in (request.values or {}).items():
+        section, _, rest = key.partition(".")
+        if section == name and rest:
+            inner, _, option = rest.partition(".")
+            if option:  # task.options.held_out
+                values[inner] = {**(values.get(inner) or {}), option: value}
+            else:
+                values[rest] = value
+        elif name == "train" and not rest and key in TrainSettings.model_fields and not _is_argument(request, key):
+            values[key] = value
+    return values
+
+
+def _is_argument(request: Request, key: str) -> bool:
+    name = request.recipe if isinstance(request.recipe, str) else ((request.file or {}).get("recipe") or {})
+    name = name.get("name") if isinstance(name, Mapping) else name
+    return isinstance(name, str) and key in recipe_named(name).arguments
+
+
+def _preset(known: Recipe | None, task: Task | None, model: ModelSettings) -> dict[str, Any]:
+    """The recipe's training preset, and the task's for the built-in model."""
+    preset = dict(known.preset) if known is not None else {}
+    if task is not None and model.path == TINY:
+        preset.update(task.preset)
+    return preset
+
+
+def _with_preset(
+    method: Method, preset: Mapping[str, Any], arguments: Mapping[str, Any], known: Recipe, task: Task | None
+) -> Method:
+    """The task's settings of the rollout, where the user or the recipe's own default does not decide."""
+    if method.rollout is None:
+        return method
+    changes = {}
+    for key, value in preset.items():
+        slot, _, name = key.partition(".")
+        if slot == "rollout" and name not in arguments and not (name == "num_generations" and _decides_groups(known)):
+            changes[name] = value
+    if task is not None and "max_completion_length" not in arguments and "max_completion_length" not in changes:
+        changes["max_completion_length"] = task.max_completion_length
+    if changes.get("max_completion_length") and "max_completion_length" in known.arguments:
+        length = changes.pop("max_completion_length")
+        method = known(**{**arguments, "max_completion_length": length})
+    assert method.rollout is not None
+    return method.replacing(rollout=replace(method.rollout, **changes)) if changes else method
+
+
+def _decides_groups(known: Recipe) -> bool:
+    """Recipes without groups keep one completion a prompt whatever the task suggests."""
+    parameter = known.arguments.get("num_generations")
+    return parameter is not None and parameter.default == 1

@@ -1,0 +1,95 @@
+"""Metrics, under the field's names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keel.core.aggregate import Groups, masked_mean, ratio, token_weight, weighted_mean, weighted_std
+from keel.core.rows import Rows, Stop
+from keel.divergences.estimators import estimate
+from keel.statistics.functionals import Divergence, Entropy, LogProb
+from keel.statistics.stats import Stats
+
+
+def rollout_metrics(rows: Rows, rewards: Mapping[str, Any]) -> dict[str, float]:
+    """What can be said of a scored batch before any model looks at it."""
+    assert rows.reward is not None
+    main = rows.select(rows.main)
+    assert main.reward is not None
+    total = torch.nansum(main.reward, 1)
+    scored = ~main.reward.isnan().all(1)
+    weight = main.weight * scored
+    groups = Groups.of(main, scored)
+    out = {
+        "reward": weighted_mean(total, weight),
+        "reward_std": weighted_std(total, weight),
+        "frac_reward_zero_std": groups.tied(total).float().mean(),
+        "completions/mean_length": weighted_mean(main.lengths.float(), main.weight),
+        "completions/clipped_ratio": weighted_mean((main.stop == int(Stop.LENGTH)).float(), main.weight),
+        "num_rows": torch.tensor(float(len(main))),
+    }
+    for k, name in enumerate(rewards):
+        applies = main.weight * ~main.reward[:, k].isnan()
+        out[f"rewards/{name}/mean"] = weighted_mean(main.reward[:, k], applies)
+    return {name: float(value) for name, value in out.items()}
+
+
+@torch.no_grad()
+def update_metrics(session: Any, rows: Rows, stats: Stats) -> dict[str, float]:
+    """What the first update of a batch saw: entropy, KL, clipping, the sampler's gap, each part of the loss."""
+    method = session.method
+    out: dict[str, Tensor] = {}
+    if Entropy() in stats:
+        out["entropy"] = masked_mean(stats[Entropy()], rows)
+    out |= kl_metrics(rows, stats)
+    if method.surrogate is not None:
+        out |= method.surrogate.metrics(rows, stats)
+    if "behaviour" in rows.logp and LogProb() in stats:
+        out |= sampler_metrics(rows, stats.get(LogProb(of=("old",)), stats[LogProb()]))
+    for name, value in method.contributions(rows, stats, session.states).items():
+        out[f"terms/{name}"] = value
+    return {name: float(value) for name, value in out.items()}
+
+
+def kl_metrics(rows: Rows, stats: Stats) -> dict[str, Tensor]:
+    """KL to the reference per token: exact over the vocabulary where measured, else k3 of the sampled tokens."""
+    for functional in stats:
+        if isinstance(functional, Divergence) and functional.against == "ref":
+            name = "kl" if functional.kind == "kl_policy_ref" else f"divergence/{functional.kind}"
+            found = {name: masked_mean(stats[functional], rows)}
+            break
+    else:
+        found = {}
+    ref = LogProb(of=("ref",))
+    if "kl" not in found and ref in stats:
+        live = stats.get(LogProb(), stats.get(LogProb(of=("old",))))
+        if live is not None:
+            found["kl"] = masked_mean(estimate("k3", live - stats[ref]), rows)
+    return found
+
+
+def sampler_metrics(rows: Rows, old: Tensor) -> dict[str, Tensor]:
+    """Gap between sampler and trainer, mean |log old - log behaviour|, and the effective share of importance weights."""
+    gap = torch.where(rows.mask, old - rows.logp["behaviour"], torch.zeros_like(old))
+    weight = token_weight(rows)
+    ratios = gap.clamp(-20, 20).exp()
+    first, second = (weight * ratios).sum(), (weight * ratios.square()).sum()
+    return {
+        "rollout/logp_gap": masked_mean(gap.abs(), rows),
+        "rollout/ess": ratio(first.square(), second * weight.sum()),
+    }
+
+
+def batch_metrics(session: Any) -> dict[str, float]:
+    """Where the run stands, and the values that controllers have set."""
+    from keel.core.config import get_path
+
+    out = {"num_tokens": float(session.position.tokens)}
+    for item in session.method.controllers.values():
+        if (path := getattr(item, "path", None)) is not None:
+            out[f"controllers/{path}"] = float(get_path(session.method, path))
+    return out
+
+

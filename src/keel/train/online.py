@@ -1,0 +1,350 @@
+"""The loop, from prompts to weights, to be read from top to bottom.
+
+    prepare, once a batch:   prompts -> rollout -> rows -> rewards, until enough groups -> frozen statistics -> transforms
+                             -> advantages
+    update, one or more:     live statistics -> masks -> weights -> loss -> gradient of the statistics -> backward -> step
+    observe, once a batch:   parts with memory, controllers and moving models read what happened
+
+Data from files enters after the rollout: its rows come from `prepare_supervised`, all else is the same code.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from keel.core.aggregate import Groups
+from keel.core.choice import generator, row_ids
+from keel.core.errors import DataError, TrainingError
+from keel.core.rows import Rows, Stream, cat
+from keel.models.load import frozen_copy, is_out_of_memory, out_of_memory
+from keel.parts.rewards.score import score
+from keel.rollouts.sampling import Sampling
+from keel.statistics.functionals import Entropy, Functional, LogProb
+from keel.statistics.stats import Stats
+from keel.tasks.task import Example, Text
+from keel.train.checkpoint import keep_batch, save_checkpoint
+from keel.train.encode import supervised_rows
+from keel.train.observe import batch_metrics, rollout_metrics, update_metrics
+from keel.train.session import Session
+
+PATIENCE = 3  # skipped updates in a row that end a run
+
+
+@dataclass
+class Batch:
+    """What `prepare` hands to `update`."""
+
+    rows: Rows
+    frozen: Stats
+    metrics: dict[str, float]
+    texts: list[tuple[Text, str]] = field(default_factory=list)  # prompt and completion of each row
+
+
+def run(session: Session) -> None:
+    """Train until `max_steps`, from wherever the session stands; checkpoints and metrics are written on the way.
+
+    Raises:
+        TrainingError: three updates in a row were non-finite, or no rollout gave a usable group.
+    """
+    train = session.config.train
+    started = time.monotonic() - session.position.seconds
+    while session.position.step < train.max_steps and not session.stopping():
+        begun = time.monotonic()
+        control(session)
+        batch = prepare(session)
+        metrics = batch.metrics | update(session, batch)
+        session.position.step += 1
+        observe(session, batch, metrics)
+        metrics["step_time"] = time.monotonic() - begun
+        session.position.seconds = time.monotonic() - started
+        record(session, batch, metrics)
+        if train.save_steps and session.position.step % train.save_steps == 0 and session.position.step < train.max_steps:
+            save_checkpoint(session)
+
+
+# -- prepare ---------------------------------------------------------------------------------------------------------
+
+
+def prepare(session: Session) -> Batch:
+    """Rows with advantages, and the frozen statistics."""
+    online = session.method.kind == "online"
+    batch = rollout_batch(session) if online else prepare_supervised(session)
+    rows = batch.rows.to(session.policy.device)
+    needs = session.method.frozen_needs(session.several_updates)
+    frozen = session.engine.measure(needs, rows, alias={"old": "policy"})
+    rows = session.method.prepare(rows, frozen, session.states) if online else rows
+    _keep_old_weights(session)
+    return Batch(rows, frozen, batch.metrics, batch.texts)
+
+
+def rollout_batch(session: Session) -> Batch:
+    """Groups of scored completions: prompts are drawn until there are enough, or `max_rounds` are over."""
+    rollout, train = session.method.rollout, session.config.train
+    assert rollout is not None
+    found: list[Rows] = []
+    texts: list[tuple[Text, str]] = []
+    metrics: dict[str, float] = {}
+    groups = rounds = 0
+    while groups < rollout.num_prompts and rounds < train.max_rounds:
+        rounds += 1
+        examples = next_examples(session, rollout.num_prompts - groups)
+        rows, said, failed, round_metrics = score_round(session, examples, rounds)
+        metrics = round_metrics if not metrics else metrics | {"rounds": float(rounds)}
+        keep = ~failed
+        if train.dynamic_sampling:
+            keep &= ~tied_rows(rows)
+        if bool(keep.any()):
+            kept = rows.select(keep)
+            found.append(kept.with_(group=kept.group + groups))
+            texts += [said[i] for i in keep.nonzero().flatten().tolist()]
+            groups += len(kept.group.unique())
+        if not train.dynamic_sampling and not bool(failed.any()):
+            break
+    if not found:
+        raise TrainingError(f"no usable group in {rounds} rounds", "rollout",
+                            "Every group was tied or its reward function failed; see rewards/NAME/errors.")  # fmt: skip
+    rows = cat(found).trim()
+    if groups < rollout.num_prompts:
+        session.report("warning", {"text": f"step {session.position.step}: {groups} of {rollout.num_prompts} groups are usable"})
+    session.position.tokens += int(rows.mask.sum())
+    return Batch(rows, Stats(), metrics | rollout_metrics(rows, session.rewards), texts)
+
+
+def score_round(session: Session, examples: list[Example], rounds: int) -> tuple[Rows, list[tuple[Text, str]], Tensor, dict]:
+    """One rollout with its rewards; rows of groups whose reward function failed are marked."""
+    rollout, position = session.method.rollout, session.position
+    assert rollout is not None
+    encoder = session.encoder
+    ids = [encoder.prompt(example.prompt) for example in examples]
+    step = position.step * session.config.train.max_rounds + rounds - 1
+    index = [example.index for example in examples]
+    begun = time.monotonic()
+    rows = session.generator.generate(
+        ids, rollout.num_generations, rollout.sampling, seed=session.config.seed, step=step, data_index=index
+    )
+    if rollout.greedy_baseline:
+        rows = cat([rows, _greedy(session, ids, step, index)])
+    spent = time.monotonic() - begun
+    owners = [examples[i] for i in rows.group.tolist()]
+    tokens = [row[mask].tolist() for row, mask in zip(rows.tokens.cpu(), rows.mask.cpu(), strict=True)]
+    texts = [encoder.decode(t) for t in tokens]
+    replies: list[Text] = [
+        text if isinstance(e.prompt, str) else [{"role": "assistant", "content": text}]
+        for text, e in zip(texts, owners, strict=True)
+    ]
+    columns = {key: [e.columns.get(key) for e in owners] for key in dict.fromkeys(k for e in examples for k in e.columns)}
+    begun = time.monotonic()
+    scores = score(session.rewards, [e.prompt for e in owners], replies, tokens, columns, rows.group)
+    metrics = {"time/rollout": spent, "time/reward": time.monotonic() - begun}
+    for name, errors in scores.errors.items():
+        metrics[f"rewards/{name}/errors"] = float(errors)
+        if errors:
+            said = "; ".join(scores.messages.get(name, [])[:1])
+            session.report("warning", {"text": f"reward '{name}' failed for {errors} groups, which are left out: {said}"})
+    rows = rows.with_(reward=scores.values.to(rows.device))
+    said = [(e.prompt, text) for e, text in zip(owners, texts, strict=True)]
+    return rows, said, scores.failed.to(rows.device), metrics
+
+
+def _greedy(session: Session, ids: list[list[int]], step: int, index: list[int]) -> Rows:
+    rollout = session.method.rollout
+    assert rollout is not None
+    sampling = Sampling(0.0, None, None, None, rollout.max_completion_length, rollout.stop_strings)
+    rows = session.generator.generate(ids, 1, sampling, seed=session.config.seed, step=step, data_index=index)
+    sample = torch.full_like(rows.row, rollout.num_generations)
+    row = row_ids(session.config.seed, step, rows.data_index, sample)
+    return rows.with_(stream=torch.full_like(rows.stream, int(Stream.BASELINE)), row=row)
+
+
+def next_examples(session: Session, count: int) -> list[Example]:
+    """The next prompts, in an order that the seed decides for each pass over the data."""
+    examples, size = session.task.train, len(session.task.train)
+    if not size:
+        raise DataError("there are no examples to train on", session.task.name)
+    out = []
+    for place in range(session.position.drawn, session.position.drawn + count):
+        epoch, i = divmod(place, size)
+        out.append(examples[_order(session, size, epoch)[i]])
+    session.position.drawn += count
+    return out
+
+
+def _order(session: Session, size: int, epoch: int) -> list[int]:
+    if session.order is None or session.order[0] != epoch:
+        order = torch.randperm(size, generator=generator(session.config.seed, "order", epoch)).tolist()
+        session.order = (epoch, order)
+    return session.order[1]
+
+
+def tied_rows(rows: Rows) -> Tensor:
+    """Rows of groups whose main rows all have the same rewards."""
+    assert rows.reward is not None
+    total = torch.nansum(rows.reward, 1)
+    groups = Groups.of(rows)
+    return groups.broadcast(groups.tied(total))
+
+
+def prepare_supervised(session: Session) -> Batch:
+    """The next rows of given completions; those of the task's own solutions where it can make them."""
+    train, position = session.config.train, session.position
+    examples = next_examples(session, train.batch_size)
+    completions: list[Text] = []
+    for i, example in enumerate(examples):
+        text = example.completion if example.completion is not None else None
+        if text is None:
+            text = session.task.solution(example, position.drawn - len(examples) + i)
+        if text is None:
+            raise DataError("has no completion to learn from", f"{session.task.name}, example {example.index}",
+                            "Give `prompt` and `completion`, or `messages` that end with the assistant's.")  # fmt: skip
+        completions.append(text)
+    limit = train.max_length or session.policy.context_length
+    rows, cut = supervised_rows(examples, completions, session.encoder, limit, session.config.seed, position.step)
+    if not bool(rows.mask.any()):
+        raise DataError("no completion has a token to learn from", session.task.name, "Raise train.max_length.")
+    position.tokens += int(rows.mask.sum())
+    metrics = {
+        "truncated/prompts": float(cut.prompts),
+        "truncated/completions": float(cut.completions),
+        "completions/mean_length": float(rows.lengths.float().mean()),
+    }
+    texts = [(e.prompt, c if isinstance(c, str) else str(c[-1]["content"])) for e, c in zip(examples, completions, strict=True)]
+    return Batch(rows, Stats(), metrics, texts)
+
+
+# -- update ----------------------------------------------------------------------------------------------------------
+
+
+def update(session: Session, batch: Batch) -> dict[str, float]:
+    """All optimiser steps on a batch; the metrics are those of the first, and gradient norms averaged over all."""
+    train, method = session.config.train, session.method
+    first: dict[str, float] = {}
+    norms: list[float] = []
+    losses: list[float] = []
+    number = 0
+    for iteration in range(train.num_iterations):
+        for index in minibatches(session, batch.rows, iteration):
+            rows, frozen = batch.rows.select(index), batch.frozen.select(index)
+            counter = (session.config.seed, session.position.step, number)
+            with explained_memory():
+                loss, stats = session.engine.step(
+                    live_functionals(session, frozen),
+                    rows,
+                    frozen,
+                    lambda r, s: method.loss(r, method.with_old(s), session.states),
+                    additive=method.additive,
+                    counter=counter,
+                )
+            norm = session.optimiser.gradient_norm()
+            learning_rate = session.optimiser.learning_rate
+            if _finite(session, loss, norm, rows, stats):
+                session.optimiser.step(norm)
+                norms.append(float(norm))
+                losses.append(float(loss))
+            session.optimiser.zero_grad()
+            if not first:
+                first = update_metrics(session, rows, method.with_old(stats)) | {"learning_rate": learning_rate}
+            number += 1
+    if norms:
+        first |= {"grad_norm": sum(norms) / len(norms), "loss": sum(losses) / len(losses)}
+    return first | {"updates/skipped": float(number - len(norms))}
+
+
+def minibatches(session: Session, rows: Rows, iteration: int) -> list[Tensor]:
+    """Rows of each optimiser step: whole groups, in an order that the seed decides; baseline rows are left out."""
+    train = session.config.train
+    main = rows.main.nonzero().flatten()
+    if train.num_minibatches == 1:
+        return [main]
+    ids = rows.group[main].unique()
+    chance = generator(session.config.seed, "minibatches", session.position.step, iteration)
+    order = ids[torch.randperm(len(ids), generator=chance).to(ids.device)]
+    parts = order.chunk(min(train.num_minibatches, len(order)))
+    return [main[torch.isin(rows.group[main], part)] for part in parts]
+
+
+def live_functionals(session: Session, frozen: Stats) -> list[Functional]:
+    """What the loss reads of the live policy, what stands in for `old`, and the entropy to look at."""
+    method = session.method
+    needs: dict[Functional, None] = dict.fromkeys(method.live_needs())
+    for functional in method.update_needs():
+        if functional.of == ("old",) and functional not in frozen:
+            needs[replace(functional, of=("policy",))] = None  # type: ignore[type-var]
+    if method.kind == "online":
+        needs |= {Entropy(): None, LogProb(): None}
+    return list(needs)
+
+
+def _finite(session: Session, loss: Tensor, norm: Tensor, rows: Rows, stats: Stats) -> bool:
+    """Whether an update may be made; a non-finite one is skipped and kept for inspection.
+
+    Raises:
+        TrainingError: it is the third in a row.
+    """
+    if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
+        session.position.skipped = 0
+        return True
+    session.position.skipped += 1
+    place = keep_batch(session, rows, stats)
+    what = f"step {session.position.step}: the loss is {float(loss):g} and the gradient's norm {float(norm):g}"
+    session.report("warning", {"text": f"{what}; the update is skipped, its batch kept in {place}"})
+    if session.position.skipped >= PATIENCE:
+        raise TrainingError(f"{PATIENCE} updates in a row were not finite ({what})", str(place or "update"),
+                            "Lower train.learning_rate, or look at the kept batches.")  # fmt: skip
+    return False
+
+
+# -- observe ---------------------------------------------------------------------------------------------------------
+
+
+def control(session: Session) -> None:
+    """Controllers set their values, before the batch is drawn."""
+    last = session.metrics[-1] if session.metrics else {}
+    for name, item in session.method.controllers.items():
+        values, state = item.update(last, session.controller_states[name], session.position.step)
+        session.controller_states[name] = state
+        for path, value in values.items():
+            session.method = session.method.set(path, value)
+
+
+def observe(session: Session, batch: Batch, metrics: dict[str, float]) -> None:
+    """Parts with memory and moving models read what happened."""
+    for path, item in session.method.parts():
+        if hasattr(item, "observe"):
+            session.states[path] = item.observe(batch.rows, batch.frozen, metrics, session.states[path])
+    for source in session.sources.values():
+        source.update(session.position.step)
+
+
+def record(session: Session, batch: Batch, metrics: dict[str, float]) -> None:
+    """Metrics to the store and the screen, now and then two completions."""
+    step = session.position.step
+    metrics |= batch_metrics(session)
+    session.metrics.append(metrics)
+    if session.store is not None and session.run_id is not None:
+        session.store.log_metrics(session.run_id, step, metrics)
+    every = session.config.train.log_completions
+    shown = []
+    if every and step % every == 0 and batch.texts:
+        shown = [batch.texts[0], batch.texts[-1]]
+    session.report("step", {"step": step, "metrics": metrics, "completions": shown, "batch": batch})
+
+
+def _keep_old_weights(session: Session) -> None:
+    """A copy of the policy, only where a functional compares it with the live one."""
+    if any("old" in f.of and "policy" in f.of for f in session.method.update_needs()):
+        session.engine.models["old"] = frozen_copy(session.policy)
+
+
+@contextmanager
+def explained_memory() -> Iterator[None]:
+    """An out-of-memory error becomes one that says which setting to lower."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
+        raise

@@ -1,0 +1,184 @@
+"""Everything that a run holds while it runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from keel.core.choice import counter_seed
+from keel.core.errors import ConfigError, UserError
+from keel.method import Method, States
+from keel.models.language import LanguageModel
+from keel.models.sources import SourceModel, build
+from keel.parts.rewards.functions import check_columns
+from keel.parts.rewards.worker import isolate
+from keel.rollouts.choose import choose_generator
+from keel.rollouts.sampling import Generator
+from keel.statistics.engine import Engine
+from keel.store.store import Store
+from keel.tasks.task import RewardFunction, Task
+from keel.train.configuration import Configuration
+from keel.train.encode import Encoder
+from keel.train.optimiser import Optimiser
+
+Reporter = Callable[[str, Mapping[str, Any]], None]
+TRUSTED = ("countdown",)  # verifiers of Keel's own that cannot hang run in the process itself
+
+
+def silent(event: str, facts: Mapping[str, Any]) -> None:
+    """A reporter that says nothing."""
+
+
+@dataclass
+class Position:
+    """Where a run stands; it is in the checkpoint.
+
+    Args:
+        step: batches done.
+        drawn: prompts drawn, those of dropped groups included.
+        tokens: completion tokens generated or read.
+        skipped: updates in a row that were skipped as non-finite.
+        seconds: time spent in earlier processes.
+    """
+
+    step: int = 0
+    drawn: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Session:
+    """A run's parts, built once; `method` changes when controllers set values."""
+
+    config: Configuration
+    method: Method
+    task: Task
+    policy: LanguageModel
+    encoder: Encoder
+    generator: Generator
+    rewards: dict[str, RewardFunction]
+    sources: dict[str, SourceModel]
+    heads: dict[str, nn.Module]
+    engine: Engine
+    optimiser: Optimiser
+    states: States
+    controller_states: dict[str, Any]
+    store: Store | None = None
+    run_id: int | None = None
+    path: Path | None = None
+    report: Reporter = silent
+    position: Position = field(default_factory=Position)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    stopping: Callable[[], bool] = lambda: False
+    order: tuple[int, list[int]] | None = None  # the order of the examples in the current pass
+
+    @property
+    def several_updates(self) -> bool:
+        """Whether a batch is used for more than one optimiser step."""
+        train = self.config.train
+        return train.num_minibatches * train.num_iterations > 1
+
+    def close(self) -> None:
+        """End the reward workers."""
+        for function in self.rewards.values():
+            close = getattr(function, "close", None)
+            if close is not None:
+                close()
+
+
+def build_session(
+    config: Configuration,
+    task: Task,
+    policy: LanguageModel,
+    rewards: Mapping[str, Any] | None = None,
+    initial: LanguageModel | None = None,
+) -> Session:
+    """A session at step 0.
+
+    Args:
+        config: resolved.
+        task: prompts and verifiers.
+        policy: the model to train.
+        rewards: functions by name, which replace the task's own.
+        initial: the model before training, where `policy` is past that.
+
+    Raises:
+        ConfigError: no reward function for an online method, or a setting that does not fit the model.
+    """
+    method, train = config.method, config.train
+    rollout = method.rollout
+    functions = _rewards(config, task, rewards) if method.kind == "online" else {}
+    sources = {name: build(source, policy, initial) for name, source in method.models.items()}
+    heads = {name: spec.build(policy, counter_seed(config.seed, name)) for name, spec in method.heads.items()}
+    engine = Engine(
+        {"policy": policy, **sources},
+        heads,
+        temperature=1.0 if rollout is None else rollout.temperature,
+        max_tokens=train.max_tokens,
+        chunk_bytes=int(train.chunk_megabytes * 2**20),
+        dropout=train.dropout,
+    )
+    policy_parameters = {n: p for n, p in policy.module.named_parameters() if p.requires_grad}
+    head_parameters = {
+        f"{name}.{inner}": p for name, head in heads.items() for inner, p in head.named_parameters() if p.requires_grad
+    }
+    updates = train.max_steps * train.num_minibatches * train.num_iterations
+    _check_context(config, policy)
+    return Session(
+        config=config,
+        method=method,
+        task=task,
+        policy=policy,
+        encoder=Encoder(policy, None if rollout is None else rollout.max_prompt_length, config.task.system_prompt),
+        generator=choose_generator(policy, train.generator),
+        rewards=functions,
+        sources=sources,
+        heads=heads,
+        engine=engine,
+        optimiser=Optimiser(policy_parameters, head_parameters, train, updates),
+        states=method.initial_states(),
+        controller_states={name: item.init() for name, item in method.controllers.items()},
+    )
+
+
+def reward_functions(config: Configuration, task: Task, given: Mapping[str, Any] | None) -> dict[str, RewardFunction]:
+    """The reward functions of a run, under their time limits; none is not an error here."""
+    timeout = config.task.reward_timeout
+    named = dict(given or {}) or {_short(reward): reward for reward in config.task.rewards}
+    if named:
+        return {name: isolate(reward, timeout) for name, reward in named.items()}
+    if task.rewards:
+        trusted = task.name in TRUSTED
+        return {n: f if trusted else isolate(f, timeout) for n, f in task.rewards.items()}
+    if len(task.train) and "answer" in task.train[0].columns:
+        return {"math_verify": isolate("keel.parts.rewards.functions:MathVerify", timeout)}
+    return {}
+
+
+def _rewards(config: Configuration, task: Task, given: Mapping[str, Any] | None) -> dict[str, RewardFunction]:
+    functions = reward_functions(config, task, given)
+    if not functions:
+        raise ConfigError("this method needs a reward, and the data have no column `answer` to verify", "reward",
+                          "Give --reward module:function, reward=callable in Python, or an `answer` column.")  # fmt: skip
+    columns = set(task.train[0].columns) if len(task.train) else set()
+    for name, target in (given or {}).items():
+        if callable(target):
+            check_columns(name, target, columns)
+    return functions
+
+
+def _short(reward: str) -> str:
+    return reward.rsplit(":", 1)[-1]
+
+
+def _check_context(config: Configuration, policy: LanguageModel) -> None:
+    rollout, limit = config.method.rollout, policy.context_length
+    if rollout is None or limit is None:
+        return
+    if rollout.max_completion_length >= limit:
+        raise UserError(f"{rollout.max_completion_length} leaves no room in the model's context of {limit} tokens",
+                        "rollout.max_completion_length", "Lower it.")  # fmt: skip
