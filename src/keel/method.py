@@ -155,8 +155,8 @@ class Method:
     def frozen_needs(self, several_updates: bool) -> tuple[Functional, ...]:
         """What `prepare` measures once a batch.
 
-        The policy that sampled is measured only if `prepare` reads it, or if several updates follow; otherwise it is the
-        detached live value.
+        The policy that sampled is measured only if `prepare` reads it, or if several updates follow; otherwise it is
+        the detached live value.
         """
         prepare = self.prepare_needs()
         frozen = [f for f in self.update_needs() if "policy" not in f.of]
@@ -266,8 +266,9 @@ class Method:
                 continue
             for functional in getattr(item, "needs", ()):
                 if "policy" in functional.of:
-                    raise MethodError(f"{functional.name} reads the live policy, but this part runs before the update",
-                                      path, "Read of=('old',) there, or make it a weight, a mask or a term.")  # fmt: skip
+                    what = f"{functional.name} reads the live policy, but this part runs before the update"
+                    fix = "Read of=('old',) there, or make it a weight, a mask or a term."
+                    raise MethodError(what, path, fix)
         if self.surrogate is not None and not self.advantage and self.kind == "online":
             raise MethodError("a surrogate needs an advantage, but the chain is empty", "advantage",
                               "Add one, such as {'centre': GroupCentre()}.")  # fmt: skip

@@ -130,9 +130,7 @@ def weighted_mean(values: Float[Tensor, "*n"], weight: Float[Tensor, "*n"]) -> F
     return ratio((weight * values).sum(), weight.sum())
 
 
-def weighted_std(
-    values: Float[Tensor, "*n"], weight: Float[Tensor, "*n"], exact: bool = False
-) -> Float[Tensor, ""]:
+def weighted_std(values: Float[Tensor, "*n"], weight: Float[Tensor, "*n"], exact: bool = False) -> Float[Tensor, ""]:
     """Standard deviation with frequency weights, dividing by sum(w) - 1, or by sum(w) where `exact`.
 
     >>> float(weighted_std(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0])))
@@ -144,9 +142,7 @@ def weighted_std(
     return ratio((weight * centred.square()).sum(), count).sqrt()
 
 
-def weighted_quantile(
-    values: Float[Tensor, "*n"], q: float, weight: Float[Tensor, "*n"]
-) -> Float[Tensor, ""]:
+def weighted_quantile(values: Float[Tensor, "*n"], q: float, weight: Float[Tensor, "*n"]) -> Float[Tensor, ""]:
     """The smallest value below or at which a share of at least `q` of the weight lies; NaN without any weight.
 
     Raises:
@@ -163,9 +159,7 @@ def weighted_quantile(
     return ordered[place.clamp(max=len(ordered) - 1)]
 
 
-def top_share(
-    values: Float[Tensor, "B T"], share: float, weight: Float[Tensor, "B T"]
-) -> Bool[Tensor, "B T"]:
+def top_share(values: Float[Tensor, "B T"], share: float, weight: Float[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """The largest values that together hold `share` of the weight, at least one of them; ties at the edge are kept.
 
     Raises:

@@ -65,11 +65,12 @@ def build(cls: type, given: Mapping[str, Any], where: str = "") -> Any:
         if key not in fields:
             allowed = ", ".join(fields) or "nothing"
             raise ConfigError(f"unknown key.{nearest(key, fields)}", _join(where, key), f"Allowed: {allowed}.")
+    for key, f in fields.items():
+        if key not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{cls.__name__} needs the key '{key}'", where or None)
     checked = {key: check(value, _hints(cls)[key], _join(where, key)) for key, value in given.items()}
     try:
         return cls(**checked)
-    except TypeError as error:
-        raise ConfigError(str(error).replace("__init__()", cls.__name__), where or None) from error
     except ValueError as error:
         raise ConfigError(str(error), where or None) from error
 

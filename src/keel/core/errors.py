@@ -19,7 +19,8 @@ class KeelError(Exception):
 
     def __init__(self, what: str, where: str | None = None, fix: str | None = None):
         self.what, self.where, self.fix = what, where, fix
-        super().__init__(": ".join(part for part in (where, what) if part) + (f" {fix}" if fix else ""))
+        stop = "" if not fix or what.endswith((".", "!", "?")) else "."
+        super().__init__(": ".join(part for part in (where, what) if part) + (f"{stop} {fix}" if fix else ""))
 
 
 class UserError(KeelError):

@@ -36,9 +36,7 @@ def divergence(kind: Kind, log_p: Float[Tensor, "n V"], log_q: Float[Tensor, "n 
     return 0.5 * (_expect(log_p, log_p - middle) + _expect(log_q, log_q - middle))
 
 
-def divergence_backward(
-    kind: Kind, log_p: Float[Tensor, "n V"], log_q: Float[Tensor, "n V"]
-) -> Float[Tensor, "n V"]:
+def divergence_backward(kind: Kind, log_p: Float[Tensor, "n V"], log_q: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
     """dD / dz for the logits z of p.
 
     With d the log-ratio: KL(p||q): p (log p/q - D);  KL(q||p): p - q;  JS: p (h - sum p h), h = log(p/m) / 2.

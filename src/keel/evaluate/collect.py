@@ -146,8 +146,8 @@ def _measured(rows: Rows, statistics) -> dict[str, Any]:
         found = statistics(rows)
         for name in ("entropy", "kl"):
             if name in found:
-                total = torch.where(rows.mask, found[name].detach().double(), 0.0).sum(1)
-                measured[name] = ratio(total, rows.lengths.double())
+                values, mask = found[name].detach().cpu().double(), rows.mask.cpu()
+                measured[name] = ratio(torch.where(mask, values, 0.0).sum(1), mask.sum(1).double())
     return measured
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from keel.core.choice import counter_seed
-
 LEVEL = 0.95
 RESAMPLES = 2000
 
@@ -74,7 +72,10 @@ def mean_interval(
         return Interval(mean, math.nan, math.nan)
     if np.ptp(values) == 0:
         return Interval(mean, mean, mean)
-    from scipy.stats import bootstrap  # late: a second of imports
+    # Late, so that pages which only show intervals do not wait seconds for imports.
+    from scipy.stats import bootstrap
+
+    from keel.core.choice import counter_seed
 
     found = bootstrap(
         (values,),

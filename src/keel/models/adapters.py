@@ -1,6 +1,7 @@
 """LoRA through peft, and views of one model with another adapter or with none."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,8 @@ def add_lora(module: nn.Module, lora: LoRA, seed: int = 0) -> nn.Module:
         fan_in_fan_out=_has_transposed_layers(module),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         torch.manual_seed(counter_seed(seed, "lora"))
         try:
             return get_peft_model(module, settings)  # type: ignore[arg-type]

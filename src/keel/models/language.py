@@ -154,8 +154,8 @@ class LanguageModel:
         vocabulary = output.weight.shape[0]
         ids = (torch.arange(4, device=self.device) % vocabulary)[None]
         with torch.no_grad():
-            logits = self.transformer(input_ids=ids, use_cache=False).logits.float()
-            hidden = self.transformer.base_model(input_ids=ids, use_cache=False)[0].to(_dtype(output))
+            logits = self.transformer(input_ids=ids, use_cache=False).logits[0].float()
+            hidden = self.transformer.base_model(input_ids=ids, use_cache=False)[0][0].to(_dtype(output))
             for head in _candidates(self.config, output):
                 found = head.logits(hidden)
                 if found.shape == logits.shape and _close(found, logits):
@@ -185,9 +185,10 @@ def transformer(module: nn.Module) -> Any:
     Raises:
         UserError: prompt tuning and its like, which change the input instead of the layers.
     """
-    if not hasattr(module, "peft_config"):
+    adapters: Any = getattr(module, "peft_config", None)
+    if adapters is None:
         return module
-    if any(config.is_prompt_learning for config in module.peft_config.values()):  # type: ignore[union-attr]
+    if any(config.is_prompt_learning for config in adapters.values()):
         raise UserError("prompt tuning is not served", "model", "Use LoRA or another adapter of the layers.")
     inner = getattr(module, "get_base_model", None)
     return module if inner is None else inner()

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -48,12 +50,12 @@ def load(
     Raises:
         UserError: nothing there, no safetensors weights, incomplete weights, no network, or no tokenizer.
     """
+    module: Any = name_or_path
+    place = None if device is None else torch.device(device)
     if isinstance(name_or_path, (str, Path)):
         module, tokenizer = _read(str(name_or_path), tokenizer, dtype, trust_remote_code)
-        place = torch.device(device) if device is not None else best_device()
-    else:
-        module, tokenizer = name_or_path, tokenizer or _tokenizer_of(name_or_path)
-        place = torch.device(device) if device is not None else None
+        place = place or best_device()
+    tokenizer = tokenizer or _tokenizer_of(module)
     _check_vocabulary(module, tokenizer)
     if lora is not None:
         module = add_lora(module, lora, seed)
@@ -112,7 +114,7 @@ def checksum(module: nn.Module, adapters: bool = True) -> str:
     for name, parameter in sorted(_parameters(module, adapters).items()):
         values = parameter.detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -160,13 +162,15 @@ def _read(name: str, tokenizer: Any, dtype: str, trust: bool) -> tuple[nn.Module
         raise UserError("this is a file, not a folder", name, "Give the folder that holds config.json.")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise UserError("this path does not exist", name, "Give a folder with config.json, or a hub name.")
-    options = {"dtype": dtype if dtype == "auto" else _dtype(dtype), "trust_remote_code": trust}
+    options: dict[str, Any] = {"trust_remote_code": trust}
     with _quiet(), torch.random.fork_rng(devices=[]):
         try:
+            options["local_files_only"] = path.is_dir() or not _on_hub(name)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, **options)
+            options["dtype"] = dtype if dtype == "auto" else _dtype(dtype)
             module, report = AutoModelForCausalLM.from_pretrained(
                 name, use_safetensors=True, output_loading_info=True, **options
             )
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
         except Exception as error:
             raise _explained(error, name, path.is_dir()) from error
     if report["missing_keys"]:
@@ -202,6 +206,17 @@ def _check_folder(path: Path) -> None:
     raise UserError("there are no safetensors weights in this folder", str(path))
 
 
+def _on_hub(name: str) -> bool:
+    """Whether the hub answers for this name; one quick question instead of the many tries of each download."""
+    try:
+        HfApi().model_info(name, timeout=10)
+        return True
+    except (HfHubHTTPError, HFValidationError):  # it answers: there is no such model, or no access
+        raise
+    except Exception:  # no network, by whatever library
+        return False
+
+
 def _explained(error: Exception, name: str, local: bool) -> KeelError:
     """What an exception of transformers means to a user."""
     text = " ".join(str(error).split())
@@ -213,10 +228,13 @@ def _explained(error: Exception, name: str, local: bool) -> KeelError:
         return UserError(f"the model cannot be read: {text[:400]}", name)
     if "safetensors" in text:
         return UserError("the hub has no safetensors weights of this model", name, "Choose a revision that has them.")
-    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    where = "HF_HUB_OFFLINE is set" if offline else "there is no such folder, and the hub did not give it"
+    reason = "there is no such folder, and the hub did not give a model of this name"
+    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+        reason = "there is no such folder, HF_HUB_OFFLINE is set, and the cache holds no model of this name"
+    elif not isinstance(error, (HfHubHTTPError, HFValidationError)):
+        reason = "there is no such folder, the hub cannot be reached, and the cache holds no model of this name"
     return UserError(
-        f"{where} ({text[:200]})",
+        f"{reason} ({text[:160]})",
         name,
         "Check the name; without a network, give the path of a downloaded model, or set HF_HOME to a cache with it.",
     )
@@ -252,7 +270,7 @@ def _move(module: Any, place: torch.device) -> Any:
 
 
 def _parameters(module: nn.Module, adapters: bool) -> dict[str, Tensor]:
-    named = dict(module.named_parameters())
+    named: dict[str, Tensor] = dict(module.named_parameters())
     if adapters or not hasattr(module, "peft_config"):
         return named
     own = ("lora_", "modules_to_save.", "trainable_tokens_")

@@ -3,17 +3,18 @@
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
+import pkgutil
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from keel.core.config import check
 from keel.core.errors import ConfigError, nearest
 from keel.method import Method
-
-FAMILIES = ("policy_gradient", "supervised")
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Recipe:
         for name, value in arguments.items():
             if name not in self.arguments:
                 allowed = ", ".join(self.arguments) or "none"
-                raise ConfigError(f"recipe '{self.name}' has no argument '{name}'.{nearest(name, self.arguments)}", None,
-                                  f"Arguments: {allowed}.")  # fmt: skip
+                what = f"recipe '{self.name}' has no argument '{name}'.{nearest(name, self.arguments)}"
+                raise ConfigError(what, None, f"Arguments: {allowed}.")
             checked[name] = check(value, self._hint(name), name)
         try:
             return self.make(**checked)
@@ -110,21 +111,41 @@ def recipe(
 
 
 def recipes() -> dict[str, Recipe]:
-    """All recipes by name, those of other packages (entry-point group `keel.recipes`) included."""
-    for family in FAMILIES:
-        importlib.import_module(f"keel.recipes.{family}")
+    """All recipes by name: those of every file beside this one, and of the entry-point group `keel.recipes`."""
+    for family in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"keel.recipes.{family.name}")
     for entry in importlib.metadata.entry_points(group="keel.recipes"):
         entry.load()
     return dict(sorted(_RECIPES.items()))
 
 
 def recipe_named(name: str) -> Recipe:
-    """One recipe.
+    """One recipe, by its name or as `file.py:name`.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or the file cannot be imported.
     """
     known = recipes()
+    if ".py:" in name:
+        return _from_file(name)
     if name not in known:
         raise ConfigError(f"there is no recipe '{name}'.{nearest(name, known)}", None, "`keel methods` lists them.")
     return known[name]
+
+
+def _from_file(place: str) -> Recipe:
+    """A recipe of a file of one's own."""
+    path, _, name = place.rpartition(":")
+    if not Path(path).is_file():
+        raise ConfigError("there is no such file", path, "Write it as file.py:recipe.")
+    spec = importlib.util.spec_from_file_location(f"keel_recipe_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"cannot be imported: {type(error).__name__}: {error}", path) from error
+    own = {n: r for n, r in _RECIPES.items() if r.make.__module__ == module.__name__}
+    if name not in own:
+        raise ConfigError(f"has no recipe '{name}'.{nearest(name, own)}", path, f"Recipes: {', '.join(own) or 'none'}.")
+    return replace(own[name], name=place)

@@ -55,8 +55,8 @@ def demo(arms: Sequence[Arm], introduction: str = INTRODUCTION, command: str | N
     sentences = f"<ul>{items}</ul>" if items else ""
     sizes = arms[0].evaluation
     caption = (
-        f"{sizes.prompts} held-out prompts, {sizes.samples} samples of each; below each number its 95% bootstrap interval "
-        "over prompts. Entropy and KL to the policy before training in nats a token."
+        f"{sizes.prompts} held-out prompts, {sizes.samples} samples of each; below each number its 95% bootstrap "
+        "interval over prompts. Entropy and KL to the policy before training in nats a token."
     )
     rows = [
         [_key(look.colour) + text(arm.label), *(cell(value) for value in values)]
@@ -101,7 +101,7 @@ def findings(arms: Sequence[Arm]) -> list[str]:
         return []
     sentences = [
         f"With one try, {plain.label} solves {_share(plain, 'pass@1')} of the prompts, {_moved(one)} "
-        f"{_share(base, 'pass@1')} {base.label}. With {tries} tries it solves {_share(plain, many)}, {_moved(best)} "
+        f"{_share(base, 'pass@1')} before training. With {tries} tries it solves {_share(plain, many)}, {_moved(best)} "
         f"{_share(base, many)}."
     ]
     for arm in arms:
@@ -122,7 +122,7 @@ def _share(arm: Arm, name: str) -> str:
 
 def _moved(difference: Interval) -> str:
     if difference.known and difference.low <= 0 <= difference.high:
-        return "which chance may tell from the"
+        return "no clear change from"
     return "up from" if difference.value > 0 else "down from"
 
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Any
 
 from keel.evaluate.evaluation import Evaluation, change
+from keel.evaluate.intervals import Interval
 
 Curve = Sequence[tuple[int, float]]
 
@@ -104,7 +105,7 @@ class _Run:
         """Path for `--set` of the first of `keys` that the configuration has, and the text with its value."""
         for key in keys:
             for path, value in _entries(self.config):
-                if path.split(".")[-1] == key or path == key:
+                if value is not None and (path.split(".")[-1] == key or path == key):
                     return path, f"`{path}` (now {_short(value)})"
         return keys[0], f"`{keys[0]}`"
 
@@ -134,9 +135,9 @@ def _reward_errors(run: _Run) -> Iterator[Finding]:
             hit = sum(count > 0 for count in counts)
             yield Finding(
                 Level.PROBLEM if hit > len(counts) / 2 else Level.WARNING,
-                f"The reward function {function} failed {sum(counts):g} times, on {hit} of {_count(len(counts), 'step')}; "
-                f"the groups concerned were left out: mend `rewards.{function}`.",
-                f"rewards.{function}",
+                f"The reward function {function} failed for {_count(int(sum(counts)), 'group')}, on {hit} of "
+                f"{_count(len(counts), 'step')}; they were left out: mend it, or name another in `task.rewards`.",
+                "task.rewards",
             )
 
 
@@ -168,12 +169,11 @@ def _entropy(run: _Run) -> Iterator[Finding]:
     early, late = course
     level = _below(late / early, ENTROPY_LEFT) if early > 0 else None
     if level is not None:
-        path, text = run.setting("beta", "terms.entropy.coef", "learning_rate")
-        verb = "lower" if path.endswith("learning_rate") else "raise"
+        path, text = run.setting("beta")
         yield Finding(
             level,
             f"Entropy fell from {early:.3g} to {late:.3g} nats a token, so that samples of a prompt hardly differ any "
-            f"more: {verb} {text}.",
+            f"more: raise {text}, the penalty towards the reference, or lower {run.setting('learning_rate')[1]}.",
             path,
         )
     elif early > 0 and late > ENTROPY_GROWN * early:
@@ -197,8 +197,8 @@ def _clipping(run: _Run) -> Iterator[Finding]:
         path, text = run.setting("learning_rate")
         yield Finding(
             level,
-            f"In the end {share:.0%} of the tokens lay outside the clip range and had no gradient: the policy moves too "
-            f"far within one batch: lower {text}, or `num_iterations`.",
+            f"In the end {share:.0%} of the tokens lay outside the clip range and had no gradient: the policy moves "
+            f"too far within one batch: lower {text}, or `num_iterations`.",
             path,
         )
 
@@ -218,8 +218,8 @@ def _length(run: _Run) -> Iterator[Finding]:
     elif course is not None and course[1] > LENGTH_GROWN * course[0] > 0:
         yield Finding(
             Level.NOTE,
-            f"Completions grew from {course[0]:.0f} to {course[1]:.0f} tokens; none of it is lost while they end before "
-            f"{text}.",
+            f"Completions grew from {course[0]:.0f} to {course[1]:.0f} tokens; none of it is lost while they end "
+            f"before {text}.",
             path,
         )
 
@@ -231,8 +231,8 @@ def _sampler_gap(run: _Run) -> Iterator[Finding]:
         path, text = run.setting("dtype")
         yield Finding(
             level,
-            f"Sampler and trainer disagree by {gap:.2g} nats a token about the same weights, so that the policy gradient "
-            f"is off: raise the precision in {text}, or weigh with truncated importance sampling.",
+            f"Sampler and trainer disagree by {gap:.2g} nats a token about the same weights, so that the policy "
+            f"gradient is off: raise the precision in {text}, or weigh with truncated importance sampling.",
             path,
         )
 
@@ -241,11 +241,11 @@ def _sample_size(run: _Run) -> Iterator[Finding]:
     share = run.late("rollout/ess")
     level = _below(share, SAMPLE_SIZE)
     if level is not None:
-        path, text = run.setting("num_iterations", "learning_rate")
+        path, text = run.setting("dtype")
         yield Finding(
             level,
-            f"The effective sample size fell to {share:.0%} of the rows, because the policy had left the one that "
-            f"sampled them: lower {text}.",
+            f"The importance weights between sampler and trainer leave an effective sample size of {share:.0%}: raise "
+            f"the precision in {text}, or truncate the weights.",
             path,
         )
 
@@ -253,7 +253,7 @@ def _sample_size(run: _Run) -> Iterator[Finding]:
 def _dead_penalties(run: _Run) -> Iterator[Finding]:
     for name in sorted(run.metrics):
         values = run.finite(name)
-        if not name.startswith("terms/") or len(values) < FEW or any(values):
+        if not name.startswith("terms/") or name == "terms/policy" or len(values) < FEW or any(values):
             continue
         term = name.removeprefix("terms/")
         path = f"terms.{term}.coef"
@@ -261,10 +261,12 @@ def _dead_penalties(run: _Run) -> Iterator[Finding]:
         if coefficient == 0:
             continue
         now = "" if coefficient is None else f" (now {_short(coefficient)})"
+        # Terms are logged for the first update of a batch, where the distance from the old policy is 0 by definition.
+        more = any(key.split(".")[-1] in _UPDATES and value not in (1, None) for key, value in _entries(run.config))
         yield Finding(
-            Level.WARNING,
-            f"The term {term} was exactly 0 on all {len(values)} steps, so that it did nothing: look at what it compares, "
-            f"or drop it with `{path}`{now}.",
+            Level.NOTE if more else Level.WARNING,
+            f"The term {term} was exactly 0 {'at the first update of' if more else 'in'} all {len(values)} batches"
+            f"{'' if more else ', so that it did nothing'}: look at what it compares, or set `{path}`{now} to 0.",
             path,
         )
 
@@ -275,17 +277,24 @@ def _reward(run: _Run) -> Iterator[Finding]:
         return
     early, late = course
     values = run.finite("reward")
-    span = max(1.0, max(values) - min(values))
+    # Two standard errors of the difference of both means: less is the noise of the prompts drawn.
+    count = run.window("reward")
+    noise = 2 * math.sqrt((variance(values[:count]) + variance(values[-count:])) / count)
+    margin = max(REWARD_STAYED * max(1.0, max(values) - min(values)), noise)
     path, text = run.setting("learning_rate")
-    if late < early - REWARD_STAYED * span:
+    if late < early - margin:
         yield Finding(
             Level.PROBLEM, f"The reward fell from {early:.3g} to {late:.3g}: lower {text}, or look at the reward.", path
         )
-    elif late < early + REWARD_STAYED * span:
+    elif late < early + margin:
         yield Finding(
-            Level.NOTE, f"The reward hardly moved, from {early:.3g} to {late:.3g}: train longer, or raise {text}.", path
+            Level.NOTE,
+            f"The reward hardly moved, from {early:.3g} to {late:.3g}: train longer, or change {text}.",
+            path,
         )
 
+
+_UPDATES = ("num_iterations", "num_minibatches")
 
 _CHECKS = (
     _not_finite,
@@ -313,33 +322,35 @@ def _evaluations(run: _Run, before: Evaluation | None, after: Evaluation | None)
     if one is None or best is None:
         return []
     path, text = run.setting("beta")
-    if one.low > 0 and best.high < 0:
+    if one.high < 0:
+        path, text = run.setting("learning_rate")
+        return [Finding(Level.PROBLEM, f"pass@1 fell by {_loss(one)} on held-out prompts: lower {text}.", path)]
+    if best.high < 0:
+        gained = f"rose by {one}" if one.low > 0 else f"changed by {one}, no more than chance allows,"
         return [
             Finding(
                 Level.WARNING,
-                f"pass@1 rose by {one} while {many} fell by {-best.value:.3f} [{-best.high:.3f}, {-best.low:.3f}]: the "
-                f"policy gave up solutions that it had; a penalty towards the reference, {text}, keeps more of them.",
+                f"pass@1 {gained} while {many} fell by {_loss(best)}: the policy gave up solutions that it had; a "
+                f"penalty towards the reference, {text}, keeps more of them.",
                 path,
             )
         ]
-    if one.high < 0:
-        path, text = run.setting("learning_rate")
-        sentence = (
-            f"pass@1 fell by {-one.value:.3f} [{-one.high:.3f}, {-one.low:.3f}] on held-out prompts: lower {text}."
-        )
-        return [Finding(Level.PROBLEM, sentence, path)]
     if one.low > 0:
         return [Finding(Level.GOOD, f"pass@1 rose by {one} on held-out prompts, and {many} changed by {best}.")]
     return [Finding(Level.NOTE, f"pass@1 changed by {one} on held-out prompts: no more than chance allows.")]
 
 
+def _loss(difference: Interval) -> str:
+    return str(Interval(-difference.value, -difference.high, -difference.low))
+
+
 def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(path for `--set`, value) of all that a configuration holds: arguments of the recipe and the method's slots first."""
+    """(path for `--set`, value) of all that a configuration holds, the recipe's arguments and the slots first."""
     recipe, method = config.get("recipe"), config.get("method")
     if isinstance(recipe, Mapping):
         yield from _leaves(recipe.get("arguments") or {})
     if isinstance(method, Mapping):
-        yield from _leaves(method)
+        yield from _leaves({slot: part for slot, part in method.items() if slot != "claim"})
     yield from _leaves({name: part for name, part in config.items() if name not in ("recipe", "method")})
 
 

@@ -75,11 +75,12 @@ def curves(
         data.append(
             {**line, "y": _finite(smooth), "line": {"color": f"@{colour}", "width": 2.5}, "hovertemplate": hover}
         )
-        said.append(_from_to(label, smooth, percent))
+        said.append(_from_to(label, [value for _, value in curve], percent))
     y: dict[str, Any] = {"title": unit, "tickformat": ".2~%" if percent else "", "exponentformat": "e"}
     if floor is not None:
         highest = max((v for trace in data for v in trace["y"] if v is not None), default=floor)
-        y |= {"range": [floor, highest + 0.06 * max(highest - floor, 1e-9)]}
+        room = 1.06 * (highest - floor) or (0.01 if percent else 1.0)
+        y |= {"range": [floor, floor + room]}
     told = "; ".join(said)
     return Figure(title, told, told, data, layout({"title": "step"}, y, showlegend=len(drawn) > 1, height=280))
 
@@ -226,7 +227,7 @@ def thin(curve: Sequence[tuple[int, float]], points: int = POINTS) -> list[tuple
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window of one part in `SMOOTH` of the course, left as it is where it is short; NaN is skipped."""
+    """Mean over a centred window of one part in `SMOOTH` of the course; NaN is skipped, a short course stays."""
     half = len(values) // SMOOTH // 2
     return [_mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
@@ -244,11 +245,14 @@ def _finite(values) -> list[float | None]:
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
 
 
-def _from_to(label: str, smooth: Sequence[float], percent: bool) -> str:
-    known = [value for value in smooth if math.isfinite(value)]
+def _from_to(label: str, values: Sequence[float], percent: bool) -> str:
+    """The means of the first and of the last tenth."""
+    known = [value for value in values if math.isfinite(value)]
     if not known:
         return f"{label}: no finite value"
-    first, last = (f"{100 * value:.3g}%" if percent else f"{value:.3g}" for value in (known[0], known[-1]))
+    tenth = max(1, len(known) // 10)
+    ends = fmean(known[:tenth]), fmean(known[-tenth:])
+    first, last = (f"{100 * value:.3g}%" if percent else f"{value:.3g}" for value in ends)
     return f"{label} {first} → {last}"
 
 

@@ -107,7 +107,7 @@ def write(path: str | Path, content: str) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_bytes(content.encode("utf-8", "replace"))
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"The page cannot be written ({error.strerror}).", str(path)) from error
@@ -116,8 +116,7 @@ def write(path: str | Path, content: str) -> Path:
 
 def _json(value: object) -> str:
     """JSON that can stand within a script element whatever it holds."""
-    written = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
-    return written.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _file(name: str) -> str:

@@ -12,7 +12,7 @@ from keel.report.style import FONT, THEMES, Theme
 
 WIDTH = 920
 _TOP, _BOTTOM = 66, 300  # of both panels
-_LEFT, _RIGHT = (66, 440), (546, 896)
+_LEFT, _RIGHT = (66.0, 440.0), (546.0, 896.0)
 _DASH = {"solid": "", "dash": ' stroke-dasharray="6 4"', "dot": ' stroke-dasharray="2 4"'}
 
 
@@ -47,7 +47,7 @@ def picture(arms: Sequence[Arm], theme: Theme = "light") -> str:
     colours = THEMES[theme]
     seen = looks(arms)
     said = "; ".join(
-        f"{arm.label}: pass@1 {arm.evaluation.metrics['pass@1'].value:.2f}, {many} {arm.evaluation.metrics[many].value:.2f}"
+        f"{arm.label}: " + ", ".join(f"{name} {arm.evaluation.metrics[name].value:.2f}" for name in ("pass@1", many))
         for arm in arms
     )
     keys, height = _legend(arms, seen, colours)
@@ -66,11 +66,11 @@ def picture(arms: Sequence[Arm], theme: Theme = "light") -> str:
 
 
 def _curves_panel(arms: Sequence[Arm], seen: Sequence[Look], colours: dict[str, str]) -> list[str]:
-    curves = [arm.evaluation.pass_curve() for arm in arms]
+    curves = [[(float(k), value) for k, value in arm.evaluation.pass_curve()] for arm in arms]
     ks = sorted({k for curve in curves for k, _ in curve})
     ends = [end for curve in curves for _, v in curve for end in (v.value, v.low, v.high) if math.isfinite(end)]
     panel = _Panel(*_LEFT, (ks[0], ks[-1]), _padded(ends, top=1.0), math.log)
-    parts = _frame(panel, "Solved within k tries", "k, tries", "pass@k", [(k, str(k)) for k in ks], colours)
+    parts = _frame(panel, "Solved within k tries", "k, tries", "pass@k", [(k, f"{k:g}") for k in ks], colours)
     for curve, look in zip(curves, seen, strict=True):
         colour = colours[look.colour]
         if all(v.known for _, v in curve):
@@ -112,7 +112,7 @@ def _frontier_panel(arms: Sequence[Arm], seen: Sequence[Look], many: str, colour
             bars += f"M{x:.1f} {panel.y(best.low):.1f}V{panel.y(best.high):.1f}"
         parts.append(f'<path d="{bars}" stroke="{colour}" stroke-width="1.6" stroke-opacity="0.75"/>' if bars else "")
     for one, best, look in zip(ones, bests, seen, strict=True):
-        parts.append(_mark(panel.x(one.value), panel.y(best.value), look, colours, 6))
+        parts.append(_mark(panel.x(one.value), panel.y(best.value), look, colours, 6.0))
     return parts
 
 
@@ -136,8 +136,8 @@ def _frame(
     middle_y = (_TOP + _BOTTOM) / 2
     parts.append(
         f'<text x="{middle:g}" y="{_BOTTOM + 42}" fill="{muted}" text-anchor="middle">{escape(x_title)}</text>'
-        f'<text transform="translate({panel.left - 48:g} {middle_y:g}) rotate(-90)" fill="{muted}" text-anchor="middle">'
-        f"{escape(y_title)}</text>"
+        f'<text transform="translate({panel.left - 48:g} {middle_y:g}) rotate(-90)" fill="{muted}" '
+        f'text-anchor="middle">{escape(y_title)}</text>'
     )
     return parts
 

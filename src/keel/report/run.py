@@ -261,7 +261,7 @@ def _completion(kept: Completion, threshold: float) -> str:
         level, word = "problem", f"reward {kept.reward:.3g}"
     cut = ", cut off" if kept.clipped else ""
     return (
-        f'<div class="completion"><pre>{text(kept.text)}</pre><small><span class="verdict {level}" style="color: var(--level)">{word}</span>, '
+        f'<div class="completion"><pre>{text(kept.text)}</pre><small><span class="verdict {level}">{word}</span>, '
         f"{kept.length} tokens{cut}</small></div>"
     )
 

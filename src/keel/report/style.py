@@ -11,8 +11,8 @@ from typing import Any, Literal
 Theme = Literal["light", "dark"]
 
 # What draws data has a contrast of at least 3 with the surface, text one of 4.5, and colours that stand together stay
-# apart under simulated protanopia, deuteranopia and tritanopia. `weak`, `medium` and `strong` are one hue in three steps,
-# for one quantity that grows.
+# apart under simulated protanopia, deuteranopia and tritanopia. `weak`, `medium` and `strong` are one hue in three
+# steps, for one quantity that grows.
 THEMES: dict[Theme, dict[str, str]] = {
     "light": {
         "page": "#f5f6f8",

@@ -19,22 +19,26 @@ _STYLES = {Level.PROBLEM: "bold red", Level.WARNING: "yellow", Level.NOTE: "cyan
 
 
 def evaluation_table(before: Evaluation | None, after: Evaluation | None = None, title: str | None = None) -> Table:
-    """What a policy can do: one column, or before, after, and the change prompt by prompt."""
+    """What a policy can do: one column, or before, after, and the change prompt by prompt.
+
+    Raises:
+        ValueError: neither is given.
+    """
+    sides = [side for side in (before, after) if side is not None]
+    if not sides:
+        raise ValueError("a table needs at least one evaluation")
     table = _table(title)
     table.add_column("")
-    sides = [(name, e) for name, e in (("before", before), ("after", after)) if e is not None]
-    for name, _ in sides:
-        table.add_column(name if len(sides) > 1 else "value", justify="right", no_wrap=True)
-    if len(sides) > 1:
-        table.add_column("change", justify="right", no_wrap=True)
-    for name in dict.fromkeys(name for _, evaluation in sides for name in evaluation.metrics):
-        row: list[Text] = [_plain(name), *(_number(evaluation.metrics.get(name)) for _, evaluation in sides)]
-        if before is not None and after is not None:
-            row.append(_difference(change(before, after, name)))
+    for name in ["value"] if len(sides) == 1 else ["before", "after", "change"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in dict.fromkeys(name for side in sides for name in side.metrics):
+        row = [_plain(name), *(_number(side.metrics.get(name)) for side in sides)]
+        if len(sides) == 2:
+            row.append(_difference(change(sides[0], sides[1], name)))
         table.add_row(*row)
-    if sides:
-        sizes = sides[-1][1]
-        table.caption = f"{sizes.prompts} prompts x {sizes.samples} samples; ± half of a 95% interval, [95% interval]"
+    brackets = ", [95% interval]" if len(sides) == 2 else ""
+    sizes = f"{sides[-1].prompts} prompts x {sides[-1].samples} samples"
+    table.caption = f"{sizes}; ± half of a 95% interval{brackets}"
     return table
 
 

@@ -1,7 +1,7 @@
 """The decoding loop: one for every architecture, over a stepper that knows how to run the model token by token.
 
-The choice of a token depends on its row's identity and its position alone (one uniform for each), and finished rows leave
-the batch, so that neither the order of rows nor their neighbours matter.
+The choice of a token depends on its row's identity and its position alone (one uniform for each), and finished rows
+leave the batch, so that neither the order of rows nor their neighbours matter.
 """
 
 from collections.abc import Sequence
@@ -99,8 +99,13 @@ class Prompts:
         )
         return Prompts(**{name: value.to(model.device) for name, value in vars(found).items()})
 
-    def part(self, start: int, stop: int) -> "Prompts":
-        """Some rows with their prompts."""
+    def parts(self, size: int | None) -> list["Prompts"]:
+        """Batches of at most `size` rows; all in one without it."""
+        if size is None or size >= len(self.row):
+            return [self]
+        return [self._part(start, start + size) for start in range(0, len(self.row), size)]
+
+    def _part(self, start: int, stop: int) -> "Prompts":
         used, index = self.index[start:stop].unique(return_inverse=True)
         rest = {name: getattr(self, name)[start:stop] for name in ("group", "data_index", "row")}
         mask = self.mask[used]
@@ -135,7 +140,7 @@ class Drawn:
 
 
 def decode(
-    stepper: Stepper, model: LanguageModel, prompts: Prompts, sampling: Sampling, *, compact: float = 0.25
+    stepper: Stepper, model: LanguageModel, prompts: Prompts, sampling: Sampling, *, compact: float = 0.125
 ) -> Drawn:
     """Draw one completion for each row.
 
@@ -205,13 +210,19 @@ class Chooser:
 
     def __init__(self, head: Head, sampling: Sampling, row: Int[Tensor, "B"], limit: int):
         self.head, self.sampling, self.filter = head, sampling, sampling.filter
-        self.row, self.limit, self.numbers = row ^ counter_seed("rollout"), limit, torch.empty(0)
+        self.row, self.limit = row ^ counter_seed("rollout"), limit
+        self.start, self.numbers = 0, torch.empty(0)
 
     def __call__(
         self, states: Float[Tensor, "n D"], alive: Int[Tensor, "n"], position: int
     ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
         """Tokens of the rows `alive`, and their log-probabilities under the distribution sampled."""
-        logits = self.head.logits(states)
+        return self.choose(self.head.logits(states), alive, position)
+
+    def choose(
+        self, logits: Float[Tensor, "n V"], alive: Int[Tensor, "n"], position: int
+    ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
+        """The same from logits."""
         if self.sampling.temperature == 0:
             token = logits.argmax(-1)
             return token, _pick(logits, token) - logits.logsumexp(-1)
@@ -224,18 +235,20 @@ class Chooser:
         return token, _pick(probs, token).log()
 
     def _uniform(self, position: int) -> Float[Tensor, "B"]:
-        if position % self.SPAN == 0:
+        place = position - self.start
+        if not 0 <= place < len(self.numbers):
+            self.start, place = position, 0
             span = torch.arange(position, min(self.limit, position + self.SPAN), device=self.row.device)
             row = self.row.repeat(len(span))
             self.numbers = uniforms(row, span.repeat_interleave(len(self.row))).view(len(span), -1)
-        return self.numbers[position % self.SPAN]
+        return self.numbers[place]
 
 
 def draw(probs: Float[Tensor, "n V"], uniform: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
     """The first token whose cumulative probability exceeds the uniform's share; never one of probability 0.
 
-    Sums are taken in fp64. A large vocabulary is searched in two levels, blocks first, because a running sum over all of
-    it costs more than everything else.
+    Sums are taken in fp64. A large vocabulary is searched in two levels, blocks first, because a running sum over all
+    of it costs more than everything else.
     """
     rows, vocabulary = probs.shape
     if vocabulary <= 4 * BLOCK:

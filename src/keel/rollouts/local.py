@@ -1,6 +1,7 @@
 """The local generator: Keel's own decoding, on the weights of the model that is trained."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,8 +17,8 @@ from keel.rollouts.steppers import CacheStepper, DecoderStepper, Workspace
 class LocalGenerator:
     """Draws completions with a key-value cache; see `Generator` for what it promises.
 
-    Each distinct prompt is read once, finished rows leave the batch, and a token depends on its row's identity alone. At
-    temperature 0 the behaviour log-probability is that of the unfiltered distribution at temperature 1.
+    Each distinct prompt is read once, finished rows leave the batch, and a token depends on its row's identity alone.
+    At temperature 0 the behaviour log-probability is that of the unfiltered distribution at temperature 1.
 
     Args:
         model: the policy; its weights are read at each call.
@@ -28,7 +29,7 @@ class LocalGenerator:
         UserError: the architecture keeps its memory in another form than a key-value cache.
     """
 
-    def __init__(self, model: LanguageModel, *, batch_rows: int | None = None, compact: float = 0.25):
+    def __init__(self, model: LanguageModel, *, batch_rows: int | None = None, compact: float = 0.125):
         if not CacheStepper.serves(model):
             raise UserError(
                 f"{model.architecture} does not decode with a key-value cache",
@@ -37,6 +38,7 @@ class LocalGenerator:
             )
         self.model, self.batch_rows, self.compact = model, batch_rows, compact
         self.workspace = Workspace()
+        self.agrees: bool | None = None  # whether Keel's own decoding gives the module's logits; tried once
 
     def generate(
         self,
@@ -54,23 +56,39 @@ class LocalGenerator:
             UserError: prompts that do not fit the model's context or vocabulary.
         """
         room = sampling.max_completion_length
-        asked = Prompts.of(
-            self.model, prompts, num_generations, room, seed=seed, step=step, data_index=data_index
-        )
-        size = self.batch_rows or len(asked.row)
+        asked = Prompts.of(self.model, prompts, num_generations, room, seed=seed, step=step, data_index=data_index)
         with evaluating(self.model):
             stepper = self.stepper(asked.ids.shape[1] + room)
-            parts = [asked.part(i, i + size) for i in range(0, len(asked.row), size)] if size < len(asked.row) else [asked]
+            parts = asked.parts(self.batch_rows)
             return cat([part.rows(self._draw(stepper, part, sampling), self.model.pad_id) for part in parts])
 
     def stepper(self, length: int) -> Stepper:
         """What runs the model over sequences of at most `length` tokens."""
-        if DecoderStepper.serves(self.model, length):
-            return DecoderStepper(self.model, self.workspace)
-        return CacheStepper(self.model)
+        if not DecoderStepper.serves(self.model, length):
+            return CacheStepper(self.model)
+        stepper = DecoderStepper(self.model, self.workspace)
+        if self.agrees is None:
+            self.agrees = _agrees(stepper, self.model)
+            if not self.agrees:
+                warnings.warn(
+                    f"Keel's decoding does not reproduce this {self.model.architecture}; the slower path is taken",
+                    stacklevel=3,
+                )
+        return stepper if self.agrees else CacheStepper(self.model)
 
     def _draw(self, stepper: Stepper, prompts: Prompts, sampling: Sampling) -> Drawn:
         return decode(stepper, self.model, prompts, sampling, compact=self.compact)
+
+
+def _agrees(stepper: Stepper, model: LanguageModel) -> bool:
+    """Whether a prompt of two tokens and a step give the logits of a plain forward pass (a patched model may not)."""
+    ids = (torch.arange(3, device=model.device) % model.vocabulary_size)[None]
+    stepper.prefill(ids[:, :2], torch.ones_like(ids[:, :2], dtype=torch.bool), 1)
+    stepper.expand(torch.zeros(1, dtype=torch.long, device=model.device))
+    found = model.head.logits(stepper.step(ids[:, 2]))
+    wanted = model.transformer(input_ids=ids, use_cache=False).logits[:, -1].float()
+    exact = model.autocast is None and model.transformer.dtype == torch.float32
+    return bool((found - wanted).abs().max() <= (1e-3 if exact else 0.1) * wanted.abs().max().clamp(min=1e-6))
 
 
 @contextlib.contextmanager

@@ -59,9 +59,7 @@ class CacheStepper:
 
     def _run(self, ids: Int[Tensor, "n W"], position: Int[Tensor, "n W"]) -> Float[Tensor, "n D"]:
         inputs = {"position_ids": position} if self.takes_positions else {}
-        out = self.base(
-            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **inputs
-        )
+        out = self.base(input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **inputs)
         return out[0][:, -1]
 
 
@@ -77,13 +75,16 @@ class DecoderStepper:
         self.base, self.workspace = base, workspace or Workspace()
         attention = base.layers[0].self_attn
         self.least = -(-SMALL_PRODUCT // (attention.num_key_value_groups * attention.head_dim))
-        self.layers = [Fused(layer) if _fusible(model) else Unfused(layer) for layer in base.layers]
+        fused = _fusible(model)
+        self.layers = [Fused(layer, self.workspace) if fused else Unfused(layer) for layer in base.layers]
 
     @staticmethod
     def serves(model: LanguageModel, length: int) -> bool:
-        """Whether the model is of the family, with full attention over `length` tokens and a static rotary embedding."""
+        """Whether it is of the family, with full attention over `length` tokens and a static rotary embedding."""
         config = model.config
         if model.architecture not in OWN or config.rope_parameters.get("rope_type", "default") not in STATIC_ROPE:
+            return False
+        if len(getattr(model.transformer, "hf_device_map", None) or ()) > 1:  # layers on several devices
             return False
         window = getattr(config, "sliding_window", None)
         return window is None or length <= window
@@ -195,8 +196,10 @@ class Shared:
         if not self.full:
             x = x.new_zeros(self.prompts * self.size, *x.shape[1:]).index_copy_(0, self.slot, x)
         heads, group, dim = x.shape[1:]
-        return x.view(self.prompts, self.size, heads, group, dim).transpose(1, 2).reshape(
-            self.prompts * heads, self.size * group, dim
+        return (
+            x.view(self.prompts, self.size, heads, group, dim)
+            .transpose(1, 2)
+            .reshape(self.prompts * heads, self.size * group, dim)
         )
 
     def gather(self, x: Float[Tensor, "NK Gg d"], heads: int) -> Float[Tensor, "n K g d"]:
@@ -208,8 +211,8 @@ class Shared:
 class LayerCache:
     """Keys and values of one layer: those of each prompt once, and a growing buffer for the tokens of each row.
 
-    Attention of one query is two batched products on either part and one softmax over both, which on CPUs is faster than
-    the fused kernel at these shapes, and reads each prompt once for its whole group.
+    Attention of one query is two batched products on either part and one softmax over both. On CPUs this is faster than
+    the fused kernel at these shapes, and a prompt is read once for its whole group.
 
     Args:
         keys, values: of the prompts, shape [N, K, P, d].
@@ -268,7 +271,9 @@ class LayerCache:
         scores = torch.bmm(self.shared.spread(query), self.prompt_keys)
         if self.shared.bias is None:
             return scores
-        return (scores.view(self.shared.prompts, self.heads, -1, scores.shape[-1]) + self.shared.bias).view(scores.shape)
+        return (scores.view(self.shared.prompts, self.heads, -1, scores.shape[-1]) + self.shared.bias).view(
+            scores.shape
+        )
 
     def move(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], length: int) -> None:
         """Copy rows to other places."""
@@ -309,9 +314,9 @@ class Unfused:
 
 
 class Fused:
-    """One layer on copies of its weights: three projections as one product, two as another, norm and scale folded in."""
+    """One layer on copies of its weights: three projections in one product, two in another, norm and scale inside."""
 
-    def __init__(self, layer: Any):
+    def __init__(self, layer: Any, workspace: Workspace):
         attention, mlp = layer.self_attn, layer.mlp
         self.dim, self.norm_eps = attention.head_dim, layer.input_layernorm.variance_epsilon
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
@@ -337,10 +342,11 @@ class Fused:
         self.hidden = gate.out_features
         self.gate_up = torch.cat([gate.weight, up.weight]) * layer.post_attention_layernorm.weight
         self.gate_up_bias = None if gate.bias is None else torch.cat([gate.bias, up.bias])
+        self.workspace = workspace
 
     def project(self, x: Float[Tensor, "n D"], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, scaled, key and value of one token, [n, H, d]."""
-        h = F.linear(F.rms_norm(x, self.wide, None, self.norm_eps), self.qkv, self.qkv_bias)
+        h = self._linear("qkv", x, self.qkv, self.qkv_bias)
         h = h.view(len(x), -1, self.dim)
         both = self.heads + self.kv_heads
         qk = h[:, :both]
@@ -352,8 +358,14 @@ class Fused:
     def finish(self, x: Float[Tensor, "n D"], attended: Float[Tensor, "n A"]) -> Float[Tensor, "n D"]:
         """The rest of the layer after attention."""
         x = _add_linear(x, attended, self.out)
-        h = F.linear(F.rms_norm(x, self.wide, None, self.norm_eps), self.gate_up, self.gate_up_bias)
+        h = self._linear("gate_up", x, self.gate_up, self.gate_up_bias)
         return _add_linear(x, self.act(h[:, : self.hidden]).mul_(h[:, self.hidden :]), self.down)
+
+    def _linear(self, name: str, x: Float[Tensor, "n D"], weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Norm and product, into memory that all layers share."""
+        out = self.workspace.take(name, (len(x), len(weight)), x)
+        h = F.rms_norm(x, self.wide, None, self.norm_eps)
+        return torch.mm(h, weight.t(), out=out) if bias is None else torch.addmm(bias, h, weight.t(), out=out)
 
 
 def rotate(x: Float[Tensor, "n H d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "n H d"]:

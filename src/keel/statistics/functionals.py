@@ -46,14 +46,13 @@ class Positions:
 
     def logits(self, model: str, transform: Transform | None = None) -> Float[Tensor, "n V"]:
         """Logits at the method's temperature, then transformed."""
+        if transform is not None:
+            return self._once(("logits", model, transform), lambda: transform(self.logits(model)))
+        return self._once(("logits", model, None), lambda: self._tempered(model))
 
-        def compute() -> Tensor:
-            if transform is not None:
-                return transform(self.logits(model))
-            z = self.model_heads[model].logits(self.hidden[model])
-            return z if self.temperature == 1.0 else z / self.temperature
-
-        return self._once(("logits", model, transform), compute)
+    def _tempered(self, model: str) -> Float[Tensor, "n V"]:
+        z = self.model_heads[model].logits(self.hidden[model])
+        return z if self.temperature == 1.0 else z / self.temperature
 
     def log_z(self, model: str, transform: Transform | None = None) -> Float[Tensor, "n"]:
         """log sum exp of the logits."""
@@ -224,6 +223,8 @@ class TopK:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"TopK needs k of at least 1, not {self.k}")
+        if self.under == self.of[0]:
+            object.__setattr__(self, "under", None)
         if self.under is not None and self.under not in self.of:
             object.__setattr__(self, "of", (*self.of, self.under))
 
@@ -267,7 +268,7 @@ def backbone(head: str) -> str:
 def _name(what: str, of: tuple[str, ...], transform: Transform | None) -> str:
     parts = [name for name in of if name != "policy" or len(of) > 1]
     parts += [transform.name] if transform is not None else []
-    return f"{what}({', '.join(parts)})"
+    return f"{what}({', '.join(parts)})" if parts else what
 
 
 def _scale(transform: Transform | None) -> float:
@@ -275,9 +276,5 @@ def _scale(transform: Transform | None) -> float:
 
 
 def _plogp(at: Positions, model: str, transform: Transform | None) -> Float[Tensor, "n V"]:
-    def compute() -> Tensor:
-        p, log_p = at.probs(model, transform), at.log_probs(model, transform)
-        return torch.where(p > 0, p * log_p, torch.zeros_like(p))
-
-    return at._once(("plogp", model, transform), compute)
-
+    p, log_p = at.probs(model, transform), at.log_probs(model, transform)
+    return at._once(("plogp", model, transform), lambda: torch.where(p > 0, p * log_p, torch.zeros_like(p)))

@@ -107,9 +107,9 @@ class Store:
                 r.stop,
                 r.length,
                 _dump(r.rewards),
-                r.answer,
-                r.prompt,
-                r.completion,
+                None if r.answer is None else _text(r.answer),
+                _text(r.prompt),
+                _text(r.completion),
                 _dump(r.tokens) if r.tokens else None,
                 pack(r.numbers) if r.numbers else None,
             )
@@ -143,12 +143,12 @@ class Store:
             self._refuse_unknown(done.rowcount, run_id)
 
     def rewind(self, run_id: int, step: int) -> None:
-        """Delete all that is after `step`, so that a run resumed from there is written as if it had never gone on."""
+        """Delete all that is after `step` (-1: everything), so that a run can go on from there."""
         with self._transaction() as db:
             done = db.execute(
                 "UPDATE runs SET step = ?, status = 'running', finished = NULL, summary = '{}', updated = ? "
                 "WHERE id = ?",
-                (step, time.time(), run_id),
+                (max(step, 0), time.time(), run_id),
             )
             self._refuse_unknown(done.rowcount, run_id)
             for table in ("metrics", "rollouts", "evaluations"):
@@ -333,7 +333,7 @@ class Store:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, default=_plain, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(value, default=_plain, separators=(",", ":"))
 
 
 def _plain(value: Any) -> Any:
@@ -345,6 +345,11 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} cannot be stored: {value!r}")
+
+
+def _text(value: str) -> str:
+    """Without the halves of characters that a model may write and UTF-8 cannot hold."""
+    return value.encode("utf-8", "replace").decode("utf-8")
 
 
 def _null(value: float) -> float | None:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from keel.parts.rewards.worker import RewardTimeout
 from keel.rollouts.choose import choose_generator
 from keel.rollouts.sampling import Sampling
 from keel.store.store import Store
-from keel.tasks.data import load_data
+from keel.tasks.data import DataTask, load_data
 from keel.tasks.load import load_task
 from keel.tasks.task import Task, Text
 from keel.train.base import ensure_base
@@ -175,7 +176,7 @@ def prepare_setup(
         resolved = _with_default_task(resolved)
     source: Any = model if resolved.model.path == IN_MEMORY else resolved.model.path
     if resolved.model.path == TINY:
-        source = ensure_base(loaded, report=report)
+        source = ensure_base(_base_task(loaded), report=report)
     return Setup(resolved, loaded, source, tokenizer, given)
 
 
@@ -200,9 +201,15 @@ def execute(setup: Setup, runs: Path, *, resume: bool = False, report: Reporter 
         _check_same(config, path)
         report("note", {"text": f"{path} is finished"})
         return _reopened(path, runs, config, finished, setup)
+    fresh = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     with _only_one(path), Store(runs / "keel.sqlite") as store:
-        session = _open(setup, path, store, resume, report)
+        try:
+            session = _open(setup, path, store, resume, report)
+        except BaseException:
+            if fresh:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
         try:
             return _carry_out(setup, session, report)
         except KeyboardInterrupt:
@@ -261,7 +268,8 @@ def _carry_out(setup: Setup, session: Session, report: Reporter) -> Run:
     if wanted is not None and wanted.before and "before" not in measured and session.position.step == 0:
         if (found := _measure(session, setup, "before", report)) is not None:
             measured["before"] = found
-    with _stop_on_signal(session):
+    session.measure = lambda phase: _measure(session, setup, phase, report)
+    with _stop_on_signal(session), _tracked(session):
         report("phase", {"name": "train", "steps": config.train.max_steps, "start": session.position.step, "text": config.name})
         run(session)
     if session.position.step < config.train.max_steps:
@@ -469,8 +477,10 @@ def sample(
     from keel.core.rows import Stop
 
     listed: list[Text] = [prompts] if isinstance(prompts, str) else list(prompts)
-    sampling = build(Sampling, settings, "sampling")
     opened = task if task is not None and not isinstance(task, str) else open_task(TaskSettings(name=task), None, seed)
+    if task is not None or model == TINY:
+        settings = {"max_completion_length": opened.max_completion_length, **settings}
+    sampling = build(Sampling, settings, "sampling")
     policy = open_model(model, opened, tokenizer, device, report)
     encoder = Encoder(policy)
     rows = choose_generator(policy, "auto").generate(
@@ -490,7 +500,7 @@ def open_model(model: Any, task: Task, tokenizer: Any, device: str | None, repor
     if isinstance(model, LanguageModel):
         return model
     if model is None or model == TINY:
-        model = ensure_base(task, report=report)
+        model = ensure_base(_base_task(task), report=report)
     if isinstance(model, (str, Path)):
         model = run_checkpoint(Path(model)) or model
     return load(model, tokenizer, device=device)
@@ -521,6 +531,11 @@ def export(run_path: str | Path, target: str | Path) -> Path:
     plain = LanguageModel(merged(model), model.tokenizer)
     save(plain, target)
     return target
+
+
+def _base_task(task: Task) -> Task:
+    """On what the built-in model was trained: the task itself, or countdown for one's own data."""
+    return load_task(DEFAULT_TASK) if isinstance(task, DataTask) else task
 
 
 def _named_rewards(reward: Any) -> tuple[tuple[str, ...], dict[str, Any] | None]:
@@ -630,6 +645,28 @@ def _only_one(path: Path) -> Iterator[None]:
         except OSError:
             raise RunError("another process is working on this run", str(path), "Wait for it, or choose another --name.") from None
         yield
+
+
+@contextlib.contextmanager
+def _tracked(session: Session) -> Iterator[None]:
+    """Metrics go to the trackers of the configuration, through Accelerate."""
+    names = list(session.config.train.trackers)
+    if not names or session.path is None:
+        yield
+        return
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(log_with=names, project_dir=str(session.path), cpu=True)
+        accelerator.init_trackers("keel", config={"recipe": str(session.config.recipe), "seed": session.config.seed})
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error), "train.trackers", "Install it: pip install 'keel-rl[trackers]'.") from error
+    session.trackers.append(lambda metrics, step: accelerator.log(dict(metrics), step=step))
+    try:
+        yield
+    finally:
+        session.trackers.clear()
+        accelerator.end_training()
 
 
 @contextlib.contextmanager

@@ -1,16 +1,21 @@
 """Metrics, under the field's names."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from keel.core.aggregate import Groups, masked_mean, ratio, token_weight, weighted_mean, weighted_std
+from keel.core.config import get_path
 from keel.core.rows import Rows, Stop
 from keel.divergences.estimators import estimate
 from keel.statistics.functionals import Divergence, Entropy, LogProb
 from keel.statistics.stats import Stats
+from keel.store.records import StoredRollout
+
+GROUPS_STORED = 2
 
 
 def rollout_metrics(rows: Rows, rewards: Mapping[str, Any]) -> dict[str, float]:
@@ -84,8 +89,6 @@ def sampler_metrics(rows: Rows, old: Tensor) -> dict[str, Tensor]:
 
 def batch_metrics(session: Any) -> dict[str, float]:
     """Where the run stands, and the values that controllers have set."""
-    from keel.core.config import get_path
-
     out = {"num_tokens": float(session.position.tokens)}
     for item in session.method.controllers.values():
         if (path := getattr(item, "path", None)) is not None:
@@ -93,3 +96,36 @@ def batch_metrics(session: Any) -> dict[str, float]:
     return out
 
 
+def stored_rollouts(
+    session: Any, rows: Rows, texts: Sequence[tuple[Any, str]], seen: tuple[Tensor, Stats] | None
+) -> list[StoredRollout]:
+    """The completions of the first groups of a batch, with what is known of each token."""
+    kept = rows.group.unique()[:GROUPS_STORED]
+    numbers = {"log_prob": rows.logp["behaviour"]} if "behaviour" in rows.logp else {}
+    if rows.advantage is not None:
+        numbers["advantage"] = rows.advantage
+    for name, functional in (("entropy", Entropy()), ("log_prob_ref", LogProb(of=("ref",)))):
+        if seen is not None and functional in seen[1]:
+            whole = torch.full(rows.tokens.shape, float("nan"), device=rows.device)
+            whole[seen[0]] = seen[1][functional].float()
+            numbers[name] = whole
+    out = []
+    for i in torch.isin(rows.group, kept).nonzero().flatten().tolist():
+        mask = rows.mask[i]
+        prompt, completion = texts[i]
+        earned = [] if rows.reward is None else rows.reward[i].tolist()
+        out.append(
+            StoredRollout(
+                prompt=prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")),
+                completion=completion,
+                reward=math.fsum(value for value in earned if value == value) if earned else math.nan,
+                rewards=dict(zip(session.rewards, earned, strict=False)),
+                data_index=int(rows.data_index[i]),
+                group=int(rows.group[i]),
+                stop=Stop(int(rows.stop[i])).name.lower(),
+                length=int(mask.sum()),
+                tokens=tuple(session.policy.tokenizer.convert_ids_to_tokens(rows.tokens[i][mask].tolist())),
+                numbers={name: value[i][mask].float().cpu().numpy() for name, value in numbers.items()},
+            )
+        )
+    return out

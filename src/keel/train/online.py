@@ -28,7 +28,7 @@ from keel.statistics.stats import Stats
 from keel.tasks.task import Example, Text
 from keel.train.checkpoint import keep_batch, save_checkpoint
 from keel.train.encode import supervised_rows
-from keel.train.observe import batch_metrics, rollout_metrics, update_metrics
+from keel.train.observe import batch_metrics, rollout_metrics, stored_rollouts, update_metrics
 from keel.train.session import Session
 
 PATIENCE = 3  # skipped updates in a row that end a run
@@ -42,6 +42,7 @@ class Batch:
     frozen: Stats
     metrics: dict[str, float]
     texts: list[tuple[Text, str]] = field(default_factory=list)  # prompt and completion of each row
+    seen: tuple[Tensor, Stats] | None = None  # rows of the first update, and its statistics
 
 
 def run(session: Session) -> None:
@@ -62,8 +63,16 @@ def run(session: Session) -> None:
         metrics["step_time"] = time.monotonic() - begun
         session.position.seconds = time.monotonic() - started
         record(session, batch, metrics)
-        if train.save_steps and session.position.step % train.save_steps == 0 and session.position.step < train.max_steps:
+        unfinished = session.position.step < train.max_steps
+        if unfinished and session.measure is not None and due(session.position.step, train.eval_steps):
+            session.measure("during")
+        if unfinished and session.path is not None and due(session.position.step, train.save_steps):
             save_checkpoint(session)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens now."""
+    return bool(every) and step % every == 0
 
 
 # -- prepare ---------------------------------------------------------------------------------------------------------
@@ -93,7 +102,7 @@ def rollout_batch(session: Session) -> Batch:
         rounds += 1
         examples = next_examples(session, rollout.num_prompts - groups)
         rows, said, failed, round_metrics = score_round(session, examples, rounds)
-        metrics = round_metrics if not metrics else metrics | {"rounds": float(rounds)}
+        metrics = {name: metrics.get(name, 0.0) + value for name, value in round_metrics.items()}
         keep = ~failed
         if train.dynamic_sampling:
             keep &= ~tied_rows(rows)
@@ -111,6 +120,7 @@ def rollout_batch(session: Session) -> Batch:
     if groups < rollout.num_prompts:
         session.report("warning", {"text": f"step {session.position.step}: {groups} of {rollout.num_prompts} groups are usable"})
     session.position.tokens += int(rows.mask.sum())
+    metrics["rounds"] = float(rounds)
     return Batch(rows, Stats(), metrics | rollout_metrics(rows, session.rewards), texts)
 
 
@@ -246,6 +256,7 @@ def update(session: Session, batch: Batch) -> dict[str, float]:
                 losses.append(float(loss))
             session.optimiser.zero_grad()
             if not first:
+                batch.seen = (index, stats)
                 first = update_metrics(session, rows, method.with_old(stats)) | {"learning_rate": learning_rate}
             number += 1
     if norms:
@@ -320,17 +331,21 @@ def observe(session: Session, batch: Batch, metrics: dict[str, float]) -> None:
 
 
 def record(session: Session, batch: Batch, metrics: dict[str, float]) -> None:
-    """Metrics to the store and the screen, now and then two completions."""
+    """Metrics to the store, the trackers and the screen; now and then completions, with their numbers per token."""
     step = session.position.step
     metrics |= batch_metrics(session)
     session.metrics.append(metrics)
+    for track in session.trackers:
+        track(metrics, step)
+    shown: list[tuple[Text, str]] = []
+    logged = due(step, session.config.train.log_completions) and bool(batch.texts)
+    if logged:
+        shown = [batch.texts[0], batch.texts[-1]]
     if session.store is not None and session.run_id is not None:
         session.store.log_metrics(session.run_id, step, metrics)
-    every = session.config.train.log_completions
-    shown = []
-    if every and step % every == 0 and batch.texts:
-        shown = [batch.texts[0], batch.texts[-1]]
-    session.report("step", {"step": step, "metrics": metrics, "completions": shown, "batch": batch})
+        if logged and session.method.kind == "online":
+            session.store.log_rollouts(session.run_id, step, stored_rollouts(session, batch.rows, batch.texts, batch.seen))
+    session.report("step", {"step": step, "metrics": metrics, "completions": shown})
 
 
 def _keep_old_weights(session: Session) -> None:

@@ -74,6 +74,8 @@ class Session:
     position: Position = field(default_factory=Position)
     metrics: list[dict[str, float]] = field(default_factory=list)
     stopping: Callable[[], bool] = lambda: False
+    measure: Callable[[str], Any] | None = None  # evaluates on held-out prompts, in a phase of that name
+    trackers: list[Callable[[Mapping[str, float], int], None]] = field(default_factory=list)
     order: tuple[int, list[int]] | None = None  # the order of the examples in the current pass
 
     @property

@@ -1,7 +1,7 @@
 """Advantages from the other completions of the same prompt.
 
-R is the return of a completion: its reward plus the sum of its token rewards. A row without any reward is left out of all
-statistics and gets advantage 0; so does every row of a tied group, exactly.
+R is the return of a completion: its reward plus the sum of its token rewards. A row without any reward is left out of
+all statistics and gets advantage 0; so does every row of a tied group, exactly.
 """
 
 from dataclasses import dataclass

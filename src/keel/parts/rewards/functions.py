@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from keel.core.errors import ConfigError, nearest
+from keel.core.registry import part
 from keel.tasks.task import RewardFunction, Text, completion_text, final_answer
 
 __all__ = [
@@ -208,6 +209,7 @@ _MARKS = ("$", r"\boxed", r"\(", r"\[")  # of mathematics within a text
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # and no command of LaTeX
 
 
+@part("exact_match")
 @dataclass(frozen=True)
 class ExactMatch:
     """Reward: 1 if the completion's answer is the text of the column `answer`, 0 if not, None where that is None.
@@ -229,6 +231,7 @@ class ExactMatch:
         return text.strip().casefold() if self.ignore_case else text.strip()
 
 
+@part("math_verify")
 @dataclass(frozen=True)
 class MathVerify:
     r"""Reward: 1 if the completion's result equals the column `answer` as mathematics, else 0; None where that is None.

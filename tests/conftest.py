@@ -1,0 +1,49 @@
+"""Settings of all tests: one thread, no network, a cache of their own, and shapes that are checked."""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+CHECKED = (
+    "keel.core",
+    "keel.divergences",
+    "keel.exact",
+    "keel.parts.advantages",
+    "keel.parts.controllers",
+    "keel.parts.masks",
+    "keel.parts.rewards.transforms",
+    "keel.parts.terms",
+    "keel.parts.weights",
+    "keel.statistics.functionals",  # the engine's own functions name no shapes
+    "keel.statistics.transforms",
+)
+early = sorted(name for name in sys.modules if name.startswith(CHECKED))
+assert not early, f"the shapes of {early[0]} cannot be checked: it was imported before the tests"
+install_import_hook(list(CHECKED), "beartype.beartype")
+
+# Before anything of Keel is imported. The workers of pytest-xdist inherit what the first process sets.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "KEEL_CACHE" not in os.environ:
+    os.environ["KEEL_CACHE"] = tempfile.mkdtemp(prefix="keel-tests-")
+    atexit.register(shutil.rmtree, os.environ["KEEL_CACHE"], ignore_errors=True)
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "keel", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("keel")
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """The global generator depends on the test alone; tests of Keel draw from `keel.core.choice` instead."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))

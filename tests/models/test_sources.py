@@ -1,0 +1,133 @@
+"""Models by name follow the policy as their source says."""
+
+import pytest
+import torch
+from tests.models.test_language import ragged
+from tests.models.test_load import states
+
+from keel.core.config import from_config, to_config
+from keel.core.errors import UserError
+from keel.models.adapters import LoRA
+from keel.models.heads import ValueHead
+from keel.models.load import load, reference, save
+from keel.models.sources import EMA, Adapter, Initial, Pretrained, Snapshot, build
+from keel.models.tiny import SMALL, build_tiny
+
+
+def policy():
+    return build_tiny("0123456789+-*/=()> ?", SMALL)
+
+
+def fill(model, value: float) -> None:
+    with torch.no_grad():
+        for parameter in model.trainable():
+            parameter.fill_(value)
+
+
+def values(source) -> set[float]:
+    return {round(float(v), 6) for p in source.module.parameters() for v in p.unique()}
+
+
+def test_initial_stays_what_it_was():
+    live = policy()
+    source = build(Initial(), live)
+    before = states(live)
+    fill(live, 1.0)
+    assert not source.update(1) and not source.tensors()
+    assert torch.equal(states(source), before)
+
+
+def test_a_resumed_run_gives_the_initial_model_itself():
+    live = policy()
+    initial = reference(live)
+    fill(live, 1.0)
+    assert build(Initial(), live, initial).model is initial
+
+
+def test_a_snapshot_moves_on_the_steps_that_every_divides():
+    live = policy()
+    fill(live, 0.0)
+    source = build(Snapshot(every=3), live)
+    seen = []
+    for step in range(1, 7):
+        fill(live, float(step))
+        moved = source.update(step)
+        assert moved == (step % 3 == 0)
+        seen.append(values(source))
+    assert seen == [{0.0}, {0.0}, {3.0}, {3.0}, {3.0}, {6.0}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_average_follows_its_recursion_in_bf16_too(dtype):
+    live = policy()
+    live.module.to(dtype)
+    fill(live, 0.0)
+    source = build(EMA(0.999), live)
+    fill(live, 1.0)
+    for step in range(1, 101):
+        source.update(step)
+    expected = 1 - 0.999**100
+    assert values(source) == {round(float(torch.tensor(expected).to(dtype)), 6)}
+    assert not any(p.requires_grad for p in source.module.parameters())
+
+
+def test_moving_models_survive_a_checkpoint():
+    live = policy()
+    fill(live, 0.0)
+    source = build(EMA(0.9), live)
+    fill(live, 1.0)
+    source.update(1)
+    saved = {name: tensor.clone() for name, tensor in source.tensors().items()}
+    again = build(EMA(0.9), live)
+    again.restore(saved)
+    source.update(2)
+    again.update(2)
+    assert values(source) == values(again) == {0.19}
+
+
+def test_with_lora_a_moving_model_owns_its_adapter_only(tmp_path):
+    save(policy(), tmp_path)
+    live = load(tmp_path, lora=LoRA(2))
+    source = build(Snapshot(1), live)
+    own, shared = dict(source.module.named_parameters()), dict(live.module.named_parameters())
+    for name, parameter in shared.items():
+        assert (own[name].data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad)
+    assert set(source.tensors()) == {name for name, p in shared.items() if p.requires_grad}
+
+
+def test_a_pretrained_model_must_have_the_same_vocabulary(tmp_path):
+    live = policy()
+    save(build_tiny("0123456789+-*/=()> ?", SMALL, seed=1), tmp_path / "same")
+    save(build_tiny("0123456789+-*/=()> !", SMALL), tmp_path / "other")
+    source = build(Pretrained(str(tmp_path / "same")), live)
+    assert states(source).shape == states(live).shape and not torch.equal(states(source), states(live))
+    with pytest.raises(UserError, match="vocabulary"):
+        build(Pretrained(str(tmp_path / "other")), live)
+
+
+def test_an_adapter_that_is_not_there_is_an_error():
+    with pytest.raises(UserError, match="no adapter 'sft'"):
+        build(Adapter("sft"), policy())
+
+
+@pytest.mark.parametrize("source", [Initial(), Pretrained("x"), Snapshot(4), EMA(0.5), Adapter("a")])
+def test_sources_are_plain_data(source):
+    assert from_config(to_config(source)) == source
+
+
+@pytest.mark.parametrize("wrong", [lambda: Snapshot(0), lambda: EMA(1.0), lambda: EMA(-0.1)])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValueError):
+        wrong()
+
+
+def test_a_value_head_is_linear_and_starts_at_zero():
+    head = ValueHead(4)
+    hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    assert head(hidden).tolist() == [0.0, 0.0, 0.0]
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        head.bias.fill_(0.5)
+    assert head(torch.tensor([[1.0, 0.0, -1.0, 2.0]], dtype=torch.bfloat16)).tolist() == [6.5]
+    assert torch.equal(ValueHead(4, std=1.0, seed=3).weight, ValueHead(4, std=1.0, seed=3).weight)
+    assert ragged().tokens.shape == (4, 4)

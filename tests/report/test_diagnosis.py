@@ -1,0 +1,183 @@
+"""Diagnosis: every finding from numbers made for it, and none from a healthy run."""
+
+import math
+
+import pytest
+
+from keel.report.diagnosis import Level, diagnose
+
+CONFIG = {
+    "recipe": {"name": "grpo", "arguments": {"beta": 0.0, "num_generations": 8}},
+    "method": {"terms": {"kl": {"name": "summand", "coef": 0.1}}, "rollout": {"max_completion_length": 24}},
+    "model": {"dtype": "bfloat16"},
+    "train": {"learning_rate": 7e-5},
+}
+
+
+def curve(*values, steps=100):
+    """A course through the given values, in equal parts."""
+    return [(step + 1, float(values[step * len(values) // steps])) for step in range(steps)]
+
+
+HEALTHY = {
+    "reward": curve(0.4, 0.5, 0.6),
+    "frac_reward_zero_std": curve(0.2, 0.3),
+    "entropy": curve(0.6, 0.5),
+    "kl": curve(0.0, 0.1),
+    "clip_ratio/region_mean": curve(0.01),
+    "completions/mean_length": curve(6, 7),
+    "completions/clipped_ratio": curve(0.0),
+    "rollout/logp_gap": curve(1e-5),
+    "rollout/ess": curve(0.99),
+    "terms/kl": curve(0.0, 0.01),
+    "rewards/countdown/errors": curve(0),
+    "loss": curve(0.1, -0.1),
+    "grad_norm": curve(1.0, 0.7),
+}
+
+
+def only(changes, **evaluations):
+    """The findings that are no good news."""
+    found = diagnose(HEALTHY | changes, CONFIG, **evaluations)
+    return [finding for finding in found if finding.level is not Level.GOOD]
+
+
+def test_a_healthy_run_has_nothing_to_report():
+    found = diagnose(HEALTHY, CONFIG)
+    assert [f.level for f in found] == [Level.GOOD]
+    assert found[0].sentence == "Nothing unusual in the metrics of 100 steps."
+
+
+def test_no_metrics_at_all():
+    assert [f.sentence for f in diagnose({}, {})] == ["No metrics were logged."]
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "words", "setting"),
+    [
+        ({"frac_reward_zero_std": curve(0.2, 0.6)}, "warning", ["60%", "`num_generations` (now 8)"], "num_generations"),
+        ({"frac_reward_zero_std": curve(0.2, 0.9)}, "problem", ["last 10 steps 90%"], "num_generations"),
+        (
+            {"frac_reward_zero_std": curve(0.9), "reward": curve(0.0, 0.05)},
+            "problem",
+            ["too hard (reward 0.05)"],
+            "num_generations",
+        ),
+        (
+            {"frac_reward_zero_std": curve(0.9), "reward": curve(0.5, 0.95)},
+            "problem",
+            ["become easy (reward 0.95)"],
+            "num_generations",
+        ),
+        (
+            {"entropy": curve(0.6, 0.2)},
+            "warning",
+            ["from 0.6 to 0.2 nats", "raise `beta` (now 0)", "or lower `train.learning_rate` (now 7e-05)"],
+            "beta",
+        ),
+        ({"entropy": curve(0.6, 0.01)}, "problem", ["from 0.6 to 0.01 nats"], "beta"),
+        ({"entropy": curve(0.6, 3.0)}, "warning", ["rose from 0.6 to 3"], "train.learning_rate"),
+        (
+            {"clip_ratio/region_mean": curve(0.01, 0.6)},
+            "problem",
+            ["60% of the tokens", "`train.learning_rate` (now 7e-05)"],
+            "train.learning_rate",
+        ),
+        (
+            {"completions/clipped_ratio": curve(0.0, 0.25)},
+            "warning",
+            ["25% of the completions", "`rollout.max_completion_length` (now 24)"],
+            "rollout.max_completion_length",
+        ),
+        ({"completions/mean_length": curve(6, 13)}, "note", ["from 6 to 13 tokens"], "rollout.max_completion_length"),
+        ({"rollout/logp_gap": curve(0.05)}, "warning", ["0.05 nats", "`model.dtype` (now bfloat16)"], "model.dtype"),
+        ({"rollout/ess": curve(1.0, 0.2)}, "problem", ["sample size of 20%"], "model.dtype"),
+        (
+            {"terms/kl": curve(0.0)},
+            "warning",
+            ["kl was exactly 0 in all 100 batches, so that it did nothing", "(now 0.1)"],
+            "terms.kl.coef",
+        ),
+        (
+            {"rewards/countdown/errors": curve(0, 0, 0, 2)},
+            "warning",
+            ["countdown failed for 50 groups, on 25 of 100 steps"],
+            "task.rewards",
+        ),
+        ({"rewards/countdown/errors": curve(1)}, "problem", ["failed for 100 groups"], "task.rewards"),
+        ({"loss": curve(0.1, math.nan)}, "problem", ["loss", "50 steps, first at step 51"], "train.learning_rate"),
+        (
+            {"grad_norm": [*curve(1.0), (101, math.inf)]},
+            "warning",
+            ["grad_norm was not a finite number on 1 step, first at step 101"],
+            "train.learning_rate",
+        ),
+        ({"reward": curve(0.5, 0.3)}, "problem", ["fell from 0.5 to 0.3"], "train.learning_rate"),
+        ({"reward": curve(0.5, 0.505)}, "note", ["hardly moved, from 0.5 to 0.505"], "train.learning_rate"),
+    ],
+)
+def test_one_finding_each(changes, level, words, setting):
+    (found,) = only(changes)
+    assert found.level == level and found.setting == setting
+    for word in words:
+        assert word in found.sentence
+    assert found.sentence.endswith(".") and "\n" not in found.sentence
+
+
+def test_clip_shares_are_added_where_the_region_is_missing():
+    changes = {"clip_ratio/low_mean": curve(0.2), "clip_ratio/high_mean": curve(0.15), "clip_ratio/region_mean": []}
+    (found,) = only(changes)
+    assert "35% of the tokens" in found.sentence
+
+
+def test_a_term_that_is_off_is_not_dead():
+    config = CONFIG | {"method": {"terms": {"kl": {"coef": 0.0}}}}
+    assert [f.level for f in diagnose(HEALTHY | {"terms/kl": curve(0.0)}, config)] == [Level.GOOD]
+
+
+def test_a_distance_from_the_old_policy_is_zero_at_the_first_update():
+    config = CONFIG | {"train": {"num_iterations": 2}}
+    (found,) = diagnose(HEALTHY | {"terms/kl": curve(0.0), "terms/policy": curve(0.0)}, config)[:1]
+    assert found.level is Level.NOTE and "at the first update of all 100 batches" in found.sentence
+
+
+def test_settings_that_are_not_set_are_named_without_a_value():
+    config = {"recipe": None, "method": {"claim": {"beta": 0.5}, "f": {"beta": None}}}
+    found = diagnose({"entropy": curve(0.6, 0.01)}, config)[0]
+    assert "raise `beta`, the penalty" in found.sentence and "lower `learning_rate`." in found.sentence
+
+
+def test_single_bad_values_do_not_hide_the_course():
+    holes = [(step, math.nan if step % 7 == 0 else value) for step, value in curve(0.6, 0.01)]
+    (found,) = only({"entropy": holes})
+    assert "from 0.6 to 0.01" in found.sentence
+
+
+def test_few_steps_say_nothing_about_a_course():
+    assert [f.level for f in diagnose({"reward": curve(0.5, 0.1, steps=4)}, CONFIG)] == [Level.GOOD]
+
+
+def test_lost_coverage_is_told(wide, narrow):
+    (found,) = only({}, before=wide, after=narrow)
+    assert found.level is Level.WARNING and found.setting == "beta"
+    assert "pass@1 rose by 0.252" in found.sentence and "pass@16 fell by 0.250" in found.sentence
+    (found,) = only({}, before=narrow, after=wide)
+    assert found.level is Level.PROBLEM and "pass@1 fell by 0.252" in found.sentence
+    (found,) = only({}, before=wide, after=wide)
+    assert found.level is Level.NOTE and "no more than chance" in found.sentence
+
+
+def test_coverage_lost_for_nothing_is_told(wide, halves):
+    (found,) = only({}, before=wide, after=halves)
+    assert "pass@1 changed by 0.002" in found.sentence and "pass@16 fell by 0.500" in found.sentence
+
+
+def test_noise_is_no_fall():
+    # Means of 0.5 and 0.45 with a standard deviation of 0.2 in windows of 10: two standard errors are 0.18.
+    noisy = [(step, (0.5 if step < 50 else 0.45) + (0.2 if step % 2 else -0.2)) for step in range(100)]
+    assert [f.level for f in only({"reward": noisy})] == [Level.NOTE]
+
+
+def test_findings_come_by_gravity():
+    found = only({"reward": curve(0.5, 0.3), "entropy": curve(0.6, 0.2), "completions/mean_length": curve(6, 13)})
+    assert [f.level for f in found] == [Level.PROBLEM, Level.WARNING, Level.NOTE]

@@ -1,0 +1,47 @@
+"""A small base model, trained once for all tests of the loop."""
+
+import pytest
+
+from keel.models.tiny import TinyConfig
+from keel.tasks.load import load_task
+from keel.train.base import BaseRecipe, ensure_base
+
+SMALL_BASE = BaseRecipe(TinyConfig(dim=32, layers=2, heads=2, feed_forward=64), steps=150, batch_size=64)
+
+
+@pytest.fixture(scope="session")
+def task():
+    """The built-in task."""
+    return load_task("countdown")
+
+
+@pytest.fixture(scope="session")
+def base(task) -> str:
+    """Folder of a model of some 20,000 parameters that writes well-formed expressions, now and then a correct one."""
+    return str(ensure_base(task, SMALL_BASE))
+
+
+@pytest.fixture
+def train(base, tmp_path):
+    """`keel.train` on the small base: few prompts, no evaluation, runs in a temporary folder."""
+    import keel
+
+    def start(recipe, **settings):
+        given = {
+            "model": base,
+            "task": "countdown",
+            "runs": tmp_path / "runs",
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "evaluate.before": False,
+            "evaluate.after": False,
+            "train.log_completions": 0,
+            **settings,
+        }
+        if recipe != "sft":
+            given.setdefault("rollout.num_prompts", 4)
+        if "data" in settings:
+            given.pop("task")
+        return keel.train(recipe, **given)
+
+    return start
