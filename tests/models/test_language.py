@@ -143,6 +143,18 @@ def test_a_sequence_beyond_the_context_is_an_error_that_names_the_settings():
         policy.hidden(rows)
 
 
+def test_a_group_in_one_sequence_may_be_longer_than_the_context():
+    policy = model("llama")  # a context of 160
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, 23, (1, 40), generator=draw).expand(8, -1)
+    tokens = torch.randint(3, 23, (8, 30), generator=draw)
+    mask = torch.arange(30) < torch.tensor([30, 30, 20, 10, 30, 5, 30, 29])[:, None]
+    rows = Rows.build(prompt, prompt >= 0, tokens, mask, group=torch.zeros(8, dtype=torch.long))
+    together = logits_of(policy, rows)
+    apart = logits_of(policy, rows.with_(group=torch.arange(8)))
+    torch.testing.assert_close(together[mask], apart[mask], rtol=1e-4, atol=1e-4)
+
+
 def test_end_tokens_come_from_the_tokenizer_and_the_generation_settings():
     made = module("llama")
     made.generation_config.eos_token_id = [7, 9, 99]

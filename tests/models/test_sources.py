@@ -7,6 +7,7 @@ from tests.models.test_load import states
 
 from keel.core.config import from_config, to_config
 from keel.core.errors import UserError
+from keel.exact.space import SequenceSpace, TabularPolicy
 from keel.models.adapters import LoRA
 from keel.models.heads import ValueHead
 from keel.models.load import load, reference, save
@@ -25,7 +26,7 @@ def fill(model, value: float) -> None:
 
 
 def values(source) -> set[float]:
-    return {round(float(v), 6) for p in source.module.parameters() for v in p.unique()}
+    return {round(float(v), 6) for p in source.module.parameters() for v in p.detach().unique()}
 
 
 def test_initial_stays_what_it_was():
@@ -69,6 +70,15 @@ def test_an_average_follows_its_recursion_in_bf16_too(dtype):
     expected = 1 - 0.999**100
     assert values(source) == {round(float(torch.tensor(expected).to(dtype)), 6)}
     assert not any(p.requires_grad for p in source.module.parameters())
+
+
+def test_a_table_of_logits_has_sources_too():
+    live = TabularPolicy(SequenceSpace(vocab=3, horizon=2))
+    initial, source = build(Initial(), live), build(EMA(0.5), live)
+    with torch.no_grad():
+        live.table.fill_(1.0)
+    source.update(1)
+    assert values(initial) == {0.0} and values(source) == {0.5} and values(live) == {1.0}
 
 
 def test_moving_models_survive_a_checkpoint():

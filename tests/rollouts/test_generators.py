@@ -12,10 +12,11 @@ from keel.models.adapters import LoRA
 from keel.models.language import LanguageModel
 from keel.models.load import load, save
 from keel.rollouts import steppers
+from keel.rollouts.choose import choose_generator
 from keel.rollouts.local import LocalGenerator
 from keel.rollouts.sampling import Sampling
 from keel.rollouts.steppers import CacheStepper, DecoderStepper
-from keel.rollouts.transformers import TransformersGenerator, choose_generator
+from keel.rollouts.transformers import TransformersGenerator
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12], [4, 4, 9, 13, 20], [9, 14]]
 TRANSFORMS = {
@@ -273,7 +274,7 @@ def test_bf16_stays_close_to_the_recomputed_log_probabilities(mixed):
     sampling = Sampling(max_completion_length=8)
     rows = LocalGenerator(policy).generate(PROMPTS, 4, sampling, seed=0)
     gap = (rows.logp["behaviour"][rows.mask] - recomputed(policy, rows, sampling)).abs()
-    assert gap.mean() < 0.05
+    assert gap.mean() < 0.03
 
 
 def test_a_patched_model_is_noticed_and_decoded_by_its_own_forward_pass():

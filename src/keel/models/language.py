@@ -16,7 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from keel.core.errors import UserError
 from keel.core.policy import Head
 from keel.core.rows import Rows
+from keel.models.sharing import share_prompts
 
+SHARING = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 Packed = tuple[Int[Tensor, "B W"], Int[Tensor, "B"]]
 
 
@@ -96,6 +98,12 @@ class LanguageModel:
         """Length of a row of logits."""
         return self.transformer.get_output_embeddings().weight.shape[0]
 
+    @functools.cached_property
+    def shares_prompts(self) -> bool:
+        """Whether rows of one prompt may go through the model as one sequence under a block mask."""
+        plain = not getattr(self.config, "sliding_window", None) or not getattr(self.config, "use_sliding_window", True)
+        return self.architecture in SHARING and plain and self.config._attn_implementation == "sdpa"
+
     def trainable(self) -> list[nn.Parameter]:
         """Parameters with a gradient."""
         return [p for p in self.module.parameters() if p.requires_grad]
@@ -107,20 +115,35 @@ class LanguageModel:
             UserError: the rows are longer than the model's context.
         """
         width = rows.tokens.shape[1]
+        shared = share_prompts(rows, self.pad_id) if self.shares_prompts and not rows.inputs else None
+        if shared is not None:
+            states = self.states(shared.ids, position_ids=shared.positions, attention_mask=shared.mask())
+            return states[shared.sequence[:, None], shared.source]
         ids, start = self.pack(rows)
         states = self.states(ids, **rows.inputs)
         return _window(states, start - 1, width)
 
     def states(self, ids: Int[Tensor, "B W"], **inputs: Tensor) -> Float[Tensor, "B W D"]:
         """Last hidden states of sequences without left padding (on the right it does no harm), in the head's dtype."""
-        limit = self.context_length
-        if limit is not None and ids.shape[1] > limit:
+        limit, positions = self.context_length, inputs.get("position_ids")
+        length = ids.shape[1] if positions is None else int(positions.max()) + 1
+        if limit is not None and length > limit:
             raise UserError(
-                f"{ids.shape[1]} tokens do not fit the model's context of {limit}",
+                f"{length} tokens do not fit the model's context of {limit}",
                 fix="Lower max_prompt_length, max_completion_length or max_length.",
             )
-        with self._checkpointed(), torch.autocast(ids.device.type, self.autocast, enabled=self.autocast is not None):
+        with self._checkpointed(), self.mixed():
             states = self.transformer.base_model(input_ids=ids, use_cache=False, **inputs)[0]
+        return self.for_head(states)
+
+    def mixed(self) -> contextlib.AbstractContextManager:
+        """The mixed precision of the body; the head runs outside of it."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
+
+    def for_head(self, states: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        """States in the dtype of the head's weights."""
         return states.to(_dtype(self.head.module))
 
     def pack(self, rows: Rows) -> Packed:

@@ -1,8 +1,11 @@
 """Loading, saving, freezing and identifying models."""
 
+import contextlib
 import copy
 import hashlib
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +192,8 @@ def _read_adapter(path: Path, tokenizer: Any, dtype: str, trust: bool) -> tuple[
     if tokenizer is None and own.exists():
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust)
     module, tokenizer = _read(base, tokenizer, dtype, trust)
-    return PeftModel.from_pretrained(module, str(path), is_trainable=True, use_safetensors=True), tokenizer
+    with _quiet():
+        return PeftModel.from_pretrained(module, str(path), is_trainable=True, use_safetensors=True), tokenizer
 
 
 def _check_folder(path: Path) -> None:
@@ -287,15 +291,17 @@ def _dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-class _quiet:
-    """Without the progress bars and reports of transformers."""
-
-    def __enter__(self) -> None:
-        self.level, self.bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *error) -> None:
-        logging.set_verbosity(self.level)
-        if self.bars:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and reports of transformers, and what it and peft have to settle between them."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
             logging.enable_progress_bar()

@@ -88,6 +88,7 @@ def build_tiny(characters: str, config: TinyConfig | None = None, seed: int = 0)
         head_dim=config.dim // config.heads,
         max_position_embeddings=config.context,
         tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},  # short sequences
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,21 +1,32 @@
 """Which generator serves a model."""
 
-from typing import Literal
-
+from keel.core.errors import ConfigError, nearest
 from keel.models.language import LanguageModel
 from keel.rollouts.local import LocalGenerator
 from keel.rollouts.sampling import Generator
 from keel.rollouts.steppers import CacheStepper
 
+KINDS = ("auto", "local", "transformers")
 
-def choose_generator(model: LanguageModel, kind: Literal["auto", "local", "transformers"] | str = "auto") -> Generator:
-    """The local generator where it serves the architecture, else the one on `generate`.
+
+def choose_generator(model: LanguageModel, kind: str = "auto", *, batch_rows: int | None = None) -> Generator:
+    """A generator for a model.
+
+    Args:
+        model: the policy.
+        kind: "local", "transformers" (on `generate`), or "auto": the local one where it serves the architecture.
+        batch_rows: completions that are decoded together at most; None takes all.
 
     Raises:
+        ConfigError: an unknown kind.
         UserError: `local` is asked for, and the architecture keeps its memory in another form than a key-value cache.
     """
+    if kind not in KINDS:
+        raise ConfigError(
+            f"unknown generator '{kind}'.{nearest(kind, KINDS)}", "rollout.generator", f"One of {', '.join(KINDS)}."
+        )
     if kind == "local" or (kind == "auto" and CacheStepper.serves(model)):
-        return LocalGenerator(model)
+        return LocalGenerator(model, batch_rows=batch_rows)
     from keel.rollouts.transformers import TransformersGenerator
 
-    return TransformersGenerator(model)
+    return TransformersGenerator(model, batch_rows=batch_rows)

@@ -160,12 +160,13 @@ def decode(
     texts = StopStrings.of(model, sampling.stop_strings)
     chooser = Chooser(model.head, sampling, prompts.row, limit)
 
-    states = stepper.prefill(prompts.ids, prompts.mask, limit)[prompts.index]
+    with model.mixed():
+        states = stepper.prefill(prompts.ids, prompts.mask, limit)[prompts.index]
     stepper.expand(prompts.index)
     alive = torch.arange(rows, device=device)  # where the rows of the batch belong
     done = torch.zeros(rows, dtype=torch.bool, device=device)
     for t in range(limit):
-        chosen, chosen_logp = chooser(states, alive, t)
+        chosen, chosen_logp = chooser(model.for_head(states), alive, t)
         tokens[alive, t], logp[alive, t] = chosen, chosen_logp
         finished = [(ends[chosen], Stop.EOS)] if ends is not None else []
         if texts is not None:
@@ -183,7 +184,8 @@ def decode(
             index = survivors(done)
             alive, chosen, done = alive[index], chosen[index], done[index]
             stepper.keep(index)
-        states = stepper.step(chosen)
+        with model.mixed():
+            states = stepper.step(chosen)
     return Drawn(tokens, logp, length, stop)
 
 
@@ -210,6 +212,8 @@ class Chooser:
 
     def __init__(self, head: Head, sampling: Sampling, row: Int[Tensor, "B"], limit: int):
         self.head, self.sampling, self.filter = head, sampling, sampling.filter
+        if row.device.type == "mps":  # it has no fp64
+            row = row.cpu()
         self.row, self.limit = row ^ counter_seed("rollout"), limit
         self.start, self.numbers = 0, torch.empty(0)
 
@@ -231,7 +235,8 @@ class Chooser:
         if self.filter is not None:
             logits = self.filter(logits)
         probs = logits.softmax(-1)
-        token = draw(probs, self._uniform(position)[alive])
+        there = self.row.device
+        token = draw(probs.to(there), self._uniform(position)[alive.to(there)]).to(probs.device)
         return token, _pick(probs, token).log()
 
     def _uniform(self, position: int) -> Float[Tensor, "B"]:
@@ -301,10 +306,10 @@ class StopStrings:
         if not strings:
             return None
         last = frozenset(text[-1] for text in strings)
-        tokens = [i for i in range(len(model.tokenizer)) if _may_complete(model.tokenizer, last)[i]]
-        table = _table(model, tokens)
-        assert table is not None
-        return StopStrings(model.tokenizer, strings, table)
+        known = _may_complete(model.tokenizer, len(model.tokenizer), last)[: model.vocabulary_size]
+        table = torch.zeros(model.vocabulary_size, dtype=torch.bool)
+        table[: len(known)] = known
+        return StopStrings(model.tokenizer, strings, table.to(model.device))
 
     def found(
         self, tokens: Int[Tensor, "B T"], alive: Int[Tensor, "n"], chosen: Int[Tensor, "n"], position: int
@@ -321,10 +326,10 @@ class StopStrings:
 
 
 @lru_cache(maxsize=8)
-def _may_complete(tokenizer: Any, last: frozenset[str]) -> tuple[bool, ...]:
+def _may_complete(tokenizer: Any, size: int, last: frozenset[str]) -> Bool[Tensor, "V"]:
     """For each token, whether its text holds one of the characters, or part of a character."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return tuple("\ufffd" in text or not last.isdisjoint(text) for text in texts)
+    texts = tokenizer.batch_decode([[i] for i in range(size)])
+    return torch.tensor(["\ufffd" in text or not last.isdisjoint(text) for text in texts])
 
 
 def _table(model: LanguageModel, tokens: Sequence[int]) -> Bool[Tensor, "V"] | None:

@@ -81,24 +81,24 @@ class LocalGenerator:
 
 
 def _agrees(stepper: Stepper, model: LanguageModel) -> bool:
-    """Whether a prompt of two tokens and a step give the logits of a plain forward pass (a patched model may not)."""
+    """Whether a prompt of two tokens and a step give what one forward pass gives; with a patched model they may not."""
     ids = (torch.arange(3, device=model.device) % model.vocabulary_size)[None]
-    stepper.prefill(ids[:, :2], torch.ones_like(ids[:, :2], dtype=torch.bool), 1)
-    stepper.expand(torch.zeros(1, dtype=torch.long, device=model.device))
-    found = model.head.logits(stepper.step(ids[:, 2]))
-    wanted = model.transformer(input_ids=ids, use_cache=False).logits[:, -1].float()
+    with model.mixed():
+        stepper.prefill(ids[:, :2], torch.ones_like(ids[:, :2], dtype=torch.bool), 1)
+        stepper.expand(torch.zeros(1, dtype=torch.long, device=model.device))
+        found = model.for_head(stepper.step(ids[:, 2]))
+    found, wanted = model.head.logits(found), model.head.logits(model.states(ids)[:, -1])
     exact = model.autocast is None and model.transformer.dtype == torch.float32
     return bool((found - wanted).abs().max() <= (1e-3 if exact else 0.1) * wanted.abs().max().clamp(min=1e-6))
 
 
 @contextlib.contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
-    """No gradient, no dropout, the model's mixed precision."""
+    """No gradient and no dropout."""
     training = model.module.training
     model.module.eval()
-    kind = model.device.type
     try:
-        with torch.no_grad(), torch.autocast(kind, model.autocast, enabled=model.autocast is not None):
+        with torch.no_grad():
             yield
     finally:
         model.module.train(training)

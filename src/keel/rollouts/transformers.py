@@ -8,15 +8,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from keel.core.errors import ConfigError, nearest
 from keel.core.rows import Rows, Stop, cat
 from keel.models.language import LanguageModel
 from keel.rollouts.decoding import Chooser, Drawn, Prompts, StopStrings
-from keel.rollouts.local import LocalGenerator, evaluating
-from keel.rollouts.sampling import Generator, Sampling
-from keel.rollouts.steppers import CacheStepper
-
-KINDS = ("auto", "local", "transformers")
+from keel.rollouts.local import evaluating
+from keel.rollouts.sampling import Sampling
 
 
 class TransformersGenerator:
@@ -63,7 +59,7 @@ class TransformersGenerator:
             eos_token_id=list(self.model.eos_ids) or None,
             pad_token_id=self.model.pad_id,
         )
-        with _own_settings(self.model.transformer, settings):
+        with _own_settings(self.model.transformer, settings), self.model.mixed():
             self.model.transformer.generate(
                 input_ids=prompts.ids[prompts.index],
                 attention_mask=prompts.mask[prompts.index].long(),
@@ -126,25 +122,3 @@ def _own_settings(transformer: Any, settings: GenerationConfig) -> Iterator[None
         yield
     finally:
         transformer.generation_config = before
-
-
-def choose_generator(model: LanguageModel, kind: str = "auto", *, batch_rows: int | None = None) -> Generator:
-    """A generator for a model.
-
-    Args:
-        model: the policy.
-        kind: "local", "transformers", or "auto": the local one where it serves the architecture.
-        batch_rows: completions that are decoded together at most.
-
-    Raises:
-        ConfigError: an unknown kind.
-        UserError: the local generator was asked for and does not serve the architecture.
-    """
-    if kind not in KINDS:
-        raise ConfigError(
-            f"unknown generator '{kind}'.{nearest(kind, KINDS)}", "rollout.generator", f"One of {', '.join(KINDS)}."
-        )
-    if kind == "auto":
-        kind = "local" if CacheStepper.serves(model) else "transformers"
-    make = LocalGenerator if kind == "local" else TransformersGenerator
-    return make(model, batch_rows=batch_rows)

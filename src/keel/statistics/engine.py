@@ -238,10 +238,14 @@ class Engine:
     # -- forward -------------------------------------------------------------------------------------------------
 
     def split(self, rows: Rows) -> list[Tensor]:
-        """Micro-batches of at most `max_tokens` (one row at least), of rows of similar length."""
+        """Micro-batches of at most `max_tokens` (one row at least): groups side by side, those of similar length together."""
         prompt = rows.prompt_mask.sum(1)
         completion = rows.present.sum(1)
-        order = torch.argsort(prompt + completion, descending=True, stable=True)
+        total = prompt + completion
+        groups, member = rows.group.unique(return_inverse=True)
+        longest = total.new_zeros(len(groups)).scatter_reduce(0, member, total, "amax")[member]
+        order = torch.argsort(member, stable=True)
+        order = order[torch.argsort(longest[order], descending=True, stable=True)]
         sizes = torch.stack([prompt, completion], 1)[order].tolist()
         batches: list[Tensor] = []
         start, widest = 0, [0, 0]

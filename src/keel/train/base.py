@@ -57,7 +57,7 @@ def ensure_base(task: Task, how: BaseRecipe | None = None, report: Reporter = si
     if not task.characters:
         raise ConfigError(f"the built-in model does not know the alphabet of task '{task.name}'", "model",
                           "Give --model with a folder or a hub name.")  # fmt: skip
-    facts = {"version": VERSION, "task": task.name, "characters": task.characters, **asdict(how)}
+    facts = {"version": VERSION, "task": task.name, "characters": task.characters, "data": _held_out(task), **asdict(how)}
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
     final = cache_directory() / f"tiny-{task.name}-{digest}"
     if final.is_dir():
@@ -74,6 +74,12 @@ def ensure_base(task: Task, how: BaseRecipe | None = None, report: Reporter = si
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _held_out(task: Task) -> str:
+    """Digest of what is held out, so that no cached base has learnt it."""
+    prompts = json.dumps([example.prompt for example in task.held_out])
+    return hashlib.blake2b(prompts.encode(), digest_size=8).hexdigest()
 
 
 def train_base(task: Task, how: BaseRecipe, report: Reporter = silent):

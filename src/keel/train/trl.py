@@ -19,7 +19,8 @@ _IRRELEVANT = frozenset(
     vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
     vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size gradient_checkpointing_kwargs
     cache_implementation ds3_gather_for_generation pad_to_multiple_of restore_callback_states_from_checkpoint
-    overwrite_output_dir ignore_data_skip resume_from_checkpoint""".split()
+    overwrite_output_dir ignore_data_skip resume_from_checkpoint activation_checkpointing include_for_metrics
+    accelerator_config debug""".split()
 )
 _TRAINING = {
     "learning_rate": "learning_rate",
