@@ -12,7 +12,7 @@ _ENTRIES = {
     "sample": "keel.train.entry",
     "from_trl": "keel.train.trl",
     "Method": "keel.method",
-    "Run": "keel.train.entry",
+    "Run": "keel.train.lifecycle",
     "recipe": "keel.recipes.registry",
     "part": "keel.core.registry",
 }

@@ -118,8 +118,11 @@ class Method:
                 raise MethodError(f"parts cannot be added to '{slot}'.{nearest(slot, CHAINS)}")
             twice = set(entries) & set(getattr(self, slot))
             if twice:
-                raise MethodError(f"slot '{slot}' has a part named '{sorted(twice)[0]}' already", None,
-                                  "Give it another name, or use replacing().")  # fmt: skip
+                raise MethodError(
+                    f"slot '{slot}' has a part named '{sorted(twice)[0]}' already",
+                    None,
+                    "Give it another name, or use replacing().",
+                )
             changes[slot] = {**getattr(self, slot), **entries}
         return replace(self, **changes)
 
@@ -243,7 +246,9 @@ class Method:
                     if name not in known:
                         raise MethodError(
                             f"{functional.name} reads the model '{name}', which is not declared.{nearest(name, known)}",
-                            path, f"Add it: models={{'{name}': Initial()}}.")  # fmt: skip
+                            path,
+                            f"Add it: models={{'{name}': Initial()}}.",
+                        )
         for name in self.models:
             if name in ALWAYS:
                 raise MethodError(f"the name '{name}' is Keel's own and cannot be declared", f"models.{name}")
@@ -256,8 +261,11 @@ class Method:
         for path, item in self.parts():
             for head in getattr(item, "heads_read", ()):
                 if head not in self.heads:
-                    raise MethodError(f"there is no head '{head}'.{nearest(head, self.heads)}", path,
-                                      f"Add it: heads={{'{head}': Critic()}}.")  # fmt: skip
+                    raise MethodError(
+                        f"there is no head '{head}'.{nearest(head, self.heads)}",
+                        path,
+                        f"Add it: heads={{'{head}': Critic()}}.",
+                    )
 
     def _check_phases(self) -> None:
         for path, item in self.parts():
@@ -270,8 +278,11 @@ class Method:
                     fix = "Read of=('old',) there, or make it a weight, a mask or a term."
                     raise MethodError(what, path, fix)
         if self.surrogate is not None and not self.advantage and self.kind == "online":
-            raise MethodError("a surrogate needs an advantage, but the chain is empty", "advantage",
-                              "Add one, such as {'centre': GroupCentre()}.")  # fmt: skip
+            raise MethodError(
+                "a surrogate needs an advantage, but the chain is empty",
+                "advantage",
+                "Add one, such as {'centre': GroupCentre()}.",
+            )
         if self.kind == "online" and self.rollout is None:
             raise MethodError("an online method needs a rollout", "rollout", "Give rollout=Rollout().")
 

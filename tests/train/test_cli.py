@@ -9,12 +9,17 @@ import pytest
 
 def keel(*arguments, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "keel.cli.main", *map(str, arguments)], capture_output=True, text=True, timeout=180, cwd=cwd
+        [sys.executable, "-m", "keel.cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=cwd,
     )
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; sys.argv = ['keel', '--help']\nfrom keel.cli.main import main\ntry:\n main()\nexcept SystemExit: pass\n"
+    code = "import sys; sys.argv = ['keel', '--help']\nfrom keel.cli.main import main\n"
+    code += "try:\n main()\nexcept SystemExit: pass\n"
     code += "print(sorted(m for m in ('torch', 'transformers', 'plotly', 'datasets', 'scipy') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.rstrip().endswith("[]")
@@ -23,7 +28,19 @@ def test_help_imports_nothing_heavy():
 def test_methods_as_json():
     listed = json.loads(keel("methods", "--json").stdout)
     names = {facts["name"] for facts in listed}
-    assert {"reinforce", "reinforce_pp", "rloo", "remax", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "ppo", "sft"} <= names
+    assert {
+        "reinforce",
+        "reinforce_pp",
+        "rloo",
+        "remax",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "ppo",
+        "sft",
+    } <= names
     assert all({"name", "paper", "baseline", "slots", "kind"} <= set(facts) for facts in listed)
     assert {facts["kind"] for facts in listed} == {"online", "supervised"}
 
@@ -32,9 +49,29 @@ def test_show_prints_a_configuration_that_runs(base, tmp_path):
     shown = keel("methods", "show", "grpo", "--set", "beta=0.1")
     assert shown.returncode == 0
     (tmp_path / "config.yaml").write_text(shown.stdout)
-    ran = keel("train", "--config", "config.yaml", "--model", base, "--task", "countdown", "--max-steps", 1, "--name", "shown",
-               "--set", "evaluate.before=false", "--set", "evaluate.after=false", "--set", "rollout.num_prompts=2",
-               "--set", "rollout.max_completion_length=12", "--json", cwd=tmp_path)  # fmt: skip
+    ran = keel(
+        "train",
+        "--config",
+        "config.yaml",
+        "--model",
+        base,
+        "--task",
+        "countdown",
+        "--max-steps",
+        1,
+        "--name",
+        "shown",
+        "--set",
+        "evaluate.before=false",
+        "--set",
+        "evaluate.after=false",
+        "--set",
+        "rollout.num_prompts=2",
+        "--set",
+        "rollout.max_completion_length=12",
+        "--json",
+        cwd=tmp_path,
+    )
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["steps"] == 1
 
@@ -63,8 +100,17 @@ def test_a_mistake_exits_with_two_and_one_line(arguments, said, tmp_path):
 
 def test_a_malformed_line_is_named_before_training(tmp_path, base):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": 3}\n{broken\n')
-    done = keel("train", "grpo", "--data", "bad.jsonl", "--model", base, "--reward", "keel.parts.rewards.functions:ExactMatch",
-                cwd=tmp_path)  # fmt: skip
+    done = keel(
+        "train",
+        "grpo",
+        "--data",
+        "bad.jsonl",
+        "--model",
+        base,
+        "--reward",
+        "keel.parts.rewards.functions:ExactMatch",
+        cwd=tmp_path,
+    )
     assert done.returncode == 2
     assert "bad.jsonl" in done.stderr and "2" in done.stderr and "3" in done.stderr
     assert not (tmp_path / "runs" / "grpo").exists()
@@ -85,7 +131,17 @@ def test_runs_eval_sample_export(base, tmp_path, train):
     listed = json.loads(keel("runs", "--runs", runs, "--json").stdout)
     assert [(r["name"], r["status"], r["step"]) for r in listed] == [("one", "finished", 1)]
     assert keel("export", run.path, tmp_path / "out").returncode == 0
-    scores = keel("eval", tmp_path / "out", "--task", "countdown", "--set", "num_prompts=4", "--set", "num_generations=2", "--json")
+    scores = keel(
+        "eval",
+        tmp_path / "out",
+        "--task",
+        "countdown",
+        "--set",
+        "num_prompts=4",
+        "--set",
+        "num_generations=2",
+        "--json",
+    )
     assert 0 <= json.loads(scores.stdout)["pass@1"][0] <= 1
     drawn = keel("sample", "3 6 17>20=", "--model", tmp_path / "out", "--task", "countdown", "-n", 3, "--json")
     assert len(json.loads(drawn.stdout)) == 3
@@ -94,4 +150,3 @@ def test_runs_eval_sample_export(base, tmp_path, train):
 def test_doctor_as_json():
     found = json.loads(keel("doctor", "--json").stdout)
     assert found["packages"]["torch"] and found["problems"] == []
-

@@ -15,12 +15,31 @@ from keel.recipes.policy_gradient import grpo
 ALPHABET = "0123456789 >=+-*/()"
 SIZES = {"vocab_size": 3 + len(ALPHABET), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 ARCHITECTURES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                                  num_key_value_heads=2, max_position_embeddings=64, **SIZES)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                                  num_key_value_heads=2, head_dim=8, max_position_embeddings=64, **SIZES)),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            **SIZES,
+        )
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            **SIZES,
+        )
+    ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **SIZES)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -28,8 +47,14 @@ def test_models_of_other_architectures(name, train, tmp_path):
     folder = tmp_path / name
     ARCHITECTURES[name]().save_pretrained(folder)
     character_tokenizer(ALPHABET, 64).save_pretrained(folder)
-    run = train("grpo", model=str(folder), name=name, beta=0.1, max_steps=2, reward=lambda completions, **_: [
-        float(len(c)) for c in completions])  # fmt: skip
+    run = train(
+        "grpo",
+        model=str(folder),
+        name=name,
+        beta=0.1,
+        max_steps=2,
+        reward=lambda completions, **_: [float(len(c)) for c in completions],
+    )
     assert max(value for _, value in run.metrics["rollout/logp_gap"]) < 1e-4
     assert run.metrics["grad_norm"][0][1] > 0
     assert type(load(run.path / run.summary["checkpoint"]).module) is type(run.model)
@@ -38,8 +63,14 @@ def test_models_of_other_architectures(name, train, tmp_path):
 def test_a_model_in_memory_is_trained_in_place(train, base):
     held = load(base)
     before = [p.clone() for p in held.module.parameters()]
-    run = train("grpo", model=held.module, tokenizer=held.tokenizer, name="memory", learning_rate=1e-2,
-                reward=lambda completions, **_: [float(len(c)) for c in completions])  # fmt: skip
+    run = train(
+        "grpo",
+        model=held.module,
+        tokenizer=held.tokenizer,
+        name="memory",
+        learning_rate=1e-2,
+        reward=lambda completions, **_: [float(len(c)) for c in completions],
+    )
     assert run.model is held.module
     assert any(not torch.equal(a, b) for a, b in zip(before, held.module.parameters(), strict=True))
 
@@ -49,10 +80,12 @@ def test_own_data_columns_reach_the_reward(train):
     seen = []
 
     def reward(prompts, completions, completion_ids, answer, level, **columns):
-        seen.append((len(prompts), len(completions), len(completion_ids), set(map(type, answer)), set(level) <= {0, 1, 2}))
+        seen.append(
+            (len(prompts), len(completions), len(completion_ids), set(map(type, answer)), set(level) <= {0, 1, 2})
+        )
         return [float(len(ids)) for ids in completion_ids]
 
-    run = train("grpo", data=data, reward=reward, name="own", max_steps=1, **{"num_generations": 3})
+    run = train("grpo", data=data, reward=reward, name="own", max_steps=1, num_generations=3)
     assert seen[0] == (12, 12, 12, {str}, True)
     assert run.metrics["rewards/reward/mean"][0][1] == pytest.approx(run.metrics["completions/mean_length"][0][1])
 
@@ -72,8 +105,13 @@ def test_none_leaves_a_column_out_and_failures_leave_a_group_out(train):
 
     fragile.bad = None
     said = []
-    run = train("grpo", reward=[sometimes, fragile], name="errors", max_steps=1,
-                report=lambda event, facts: said.append((event, facts)))  # fmt: skip
+    run = train(
+        "grpo",
+        reward=[sometimes, fragile],
+        name="errors",
+        max_steps=1,
+        report=lambda event, facts: said.append((event, facts)),
+    )
     assert run.metrics["rewards/fragile/errors"][0][1] == 1
     assert run.metrics["rewards/sometimes/mean"][0][1] == 1.0
     assert run.metrics["rewards/fragile/mean"][0][1] == 2.0
@@ -90,7 +128,7 @@ def test_a_hanging_callable_ends_the_run_with_a_checkpoint(train, tmp_path):
             time.sleep(3600)
         return [float(i) for i in range(len(completions))]
 
-    with pytest.raises(RewardError, match="hangs|seconds"):
+    with pytest.raises(RewardError, match=r"hangs|seconds"):
         train("grpo", reward=hangs, name="hang", **{"task.reward_timeout": 0.5})
     assert (tmp_path / "runs" / "hang" / "checkpoint-1" / "model.safetensors").exists()
 
@@ -105,7 +143,9 @@ def test_a_reward_that_always_fails_ends_the_run(train):
 
 def test_a_reward_in_a_process_of_its_own(train, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
-        "def length(prompts, completions, completion_ids, **columns):\n    print('noise')\n    return [float(len(c)) for c in completions]\n"
+        "def length(prompts, completions, completion_ids, **columns):\n"
+        "    print('noise')\n"
+        "    return [float(len(c)) for c in completions]\n"
     )
     monkeypatch.chdir(tmp_path)
     run = train("grpo", reward="my_rewards:length", name="worker", max_steps=1)
@@ -182,8 +222,19 @@ def test_a_configuration_runs_again(train, tmp_path):
 def test_evaluations_and_rollouts_are_stored(train):
     from keel.store.store import Store
 
-    run = train("grpo", name="stored", max_steps=2, **{"evaluate.before": True, "evaluate.after": True, "evaluate.num_prompts": 4,
-                "evaluate.num_generations": 2, "train.eval_steps": 1, "train.log_completions": 1})  # fmt: skip
+    run = train(
+        "grpo",
+        name="stored",
+        max_steps=2,
+        **{
+            "evaluate.before": True,
+            "evaluate.after": True,
+            "evaluate.num_prompts": 4,
+            "evaluate.num_generations": 2,
+            "train.eval_steps": 1,
+            "train.log_completions": 1,
+        },
+    )
     with Store(run.path.parent / "keel.sqlite", readonly=True) as store:
         stored = store.run("stored")
         assert [(e.step, e.phase) for e in store.evaluations(stored.id)] == [(0, "before"), (1, "during"), (2, "after")]

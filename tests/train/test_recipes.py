@@ -33,9 +33,7 @@ def test_the_reward_goes_up(train):
     def even(prompts, completions, completion_ids, **columns):
         return [float(c[:1] in tuple("2468")) for c in completions]
 
-    run = train(
-        "grpo", reward=even, max_steps=25, name="even", learning_rate=3e-3, **{"rollout.num_prompts": 8}
-    )
+    run = train("grpo", reward=even, max_steps=25, name="even", learning_rate=3e-3, **{"rollout.num_prompts": 8})
     curve = [value for _, value in run.metrics["reward"]]
     assert sum(curve[-5:]) / 5 > sum(curve[:5]) / 5 + 0.15
 
@@ -75,8 +73,19 @@ def test_the_sampler_and_the_trainer_agree(train):
 def test_critics_learn_values(train):
     """The value loss falls with a head and with a critic of its own."""
     for critic in ("head", "model"):
-        run = train("ppo", critic=critic, beta=0.0, max_steps=12, learning_rate=1e-3, name=f"ppo_{critic}",
-                    reward=lambda completions, **_: [1.0] * len(completions), **{"num_generations": 8, "value_coef": 1.0, "value_epsilon": None, "lam": 1.0})  # fmt: skip
+        run = train(
+            "ppo",
+            critic=critic,
+            beta=0.0,
+            max_steps=12,
+            learning_rate=1e-3,
+            name=f"ppo_{critic}",
+            reward=lambda completions, **_: [1.0] * len(completions),
+            num_generations=8,
+            value_coef=1.0,
+            value_epsilon=None,
+            lam=1.0,
+        )
         losses = [value for _, value in run.metrics["terms/value"]]
         assert losses[0] == pytest.approx(0.5, abs=1e-6) and losses[-1] < 0.3
 
@@ -90,7 +99,9 @@ def test_lora_trains_the_adapter_alone(train, base, tmp_path):
     run = train("grpo", name="lora", beta=0.05, reward=length, **{"model.lora_rank": 4, "learning_rate": 1e-2})
     files = {p.name for p in (run.path / run.summary["checkpoint"]).iterdir()}
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files
-    base_now = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in run.model.named_parameters()}
+    base_now = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in run.model.named_parameters()
+    }
     assert all(torch.equal(base_now[name], value) for name, value in before.items() if name in base_now)
     merged = load(export(run.path, tmp_path / "merged"))
     assert any(not torch.equal(p, before[name]) for name, p in merged.module.named_parameters())

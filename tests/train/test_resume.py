@@ -16,8 +16,8 @@ CODE = """
 import sys, keel, torch
 torch.set_num_threads(1)
 keel.train({recipe!r}, model={base!r}, task="countdown", runs={runs!r}, name="run", resume="--resume" in sys.argv,
-           learning_rate=1e-3, max_steps=12, **{{"rollout.num_prompts": 2, "train.save_steps": 2, "evaluate.before": False,
-           "evaluate.after": False, **{settings!r}}})
+           learning_rate=1e-3, max_steps=12, **{{"rollout.num_prompts": 2, "train.save_steps": 2,
+           "evaluate.before": False, "evaluate.after": False, **{settings!r}}})
 """
 PARTS = {
     "grpo": {},
@@ -50,7 +50,9 @@ def test_a_killed_run_ends_with_the_same_bits(recipe, base, tmp_path):
     assert "continuing from" in said
     _, said = whole.communicate(timeout=120)
     assert whole.returncode == 0, said
-    one, other = (json.loads((p / "run" / "summary.json").read_text()) for p in (tmp_path / "whole", tmp_path / "killed"))
+    one, other = (
+        json.loads((p / "run" / "summary.json").read_text()) for p in (tmp_path / "whole", tmp_path / "killed")
+    )
     assert one["checksum"] == other["checksum"]
     timed = ("step_time", "time/rollout", "time/reward")
     assert {k: v for k, v in one["last"].items() if k not in timed} == {
@@ -60,8 +62,27 @@ def test_a_killed_run_ends_with_the_same_bits(recipe, base, tmp_path):
 
 def test_sigterm_writes_a_checkpoint_and_exits_143(base, tmp_path):
     runs = tmp_path / "runs"
-    command = [sys.executable, "-m", "keel.cli.main", "train", "grpo", "--model", base, "--task", "countdown", "--runs", str(runs),
-               "--name", "run", "--max-steps", "100000", "--set", "evaluate.before=false", "--set", "rollout.num_prompts=2"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "keel.cli.main",
+        "train",
+        "grpo",
+        "--model",
+        base,
+        "--task",
+        "countdown",
+        "--runs",
+        str(runs),
+        "--name",
+        "run",
+        "--max-steps",
+        "100000",
+        "--set",
+        "evaluate.before=false",
+        "--set",
+        "rollout.num_prompts=2",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     store = runs / "keel.sqlite"
@@ -88,7 +109,7 @@ def _steps(store):
 
 def test_an_existing_name_is_refused(train):
     train("grpo", name="one", max_steps=1)
-    with pytest.raises(RunError, match="there is a run of that name.*--resume"):
+    with pytest.raises(RunError, match=r"there is a run of that name.*--resume"):
         train("grpo", name="one", max_steps=1)
 
 

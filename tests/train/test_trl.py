@@ -71,8 +71,14 @@ def test_defaults():
 
 
 def test_batches_count_generations():
-    config = GRPOConfig(per_device_train_batch_size=16, gradient_accumulation_steps=2, steps_per_generation=8, num_generations=4,
-                        num_iterations=3, max_steps=240)  # fmt: skip
+    config = GRPOConfig(
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=2,
+        steps_per_generation=8,
+        num_generations=4,
+        num_iterations=3,
+        max_steps=240,
+    )
     settings = keel.from_trl(config).settings
     assert settings["rollout.num_prompts"] == 16 * 8 // 4
     assert settings["train.num_minibatches"] == 8 // 2 and settings["train.num_iterations"] == 3
@@ -85,15 +91,25 @@ def test_batches_count_generations():
         ({"beta": 0.04}, "grpo", {"beta": 0.04, "kl": "k3_ratio"}),
         ({"beta": 0.04, "use_bias_correction_kl": False}, "grpo", {"kl": "k3"}),
         ({"loss_type": "grpo"}, "grpo", {"aggregation": "sequence_mean_token_mean"}),
-        ({"loss_type": "dr_grpo", "scale_rewards": "none"}, "dr_grpo", {"scale_rewards": "none", "max_completion_length": 512}),
+        (
+            {"loss_type": "dr_grpo", "scale_rewards": "none"},
+            "dr_grpo",
+            {"scale_rewards": "none", "max_completion_length": 512},
+        ),
         ({"loss_type": "cispo", "epsilon_high": 5.0}, "cispo", {"high": 5.0}),
-        ({"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}, "grpo",
-         {"surrogate.level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}),
-        ({"bf16": True, "gradient_checkpointing": True, "disable_dropout": True}, "grpo",
-         {"model.autocast": "bfloat16", "model.gradient_checkpointing": True}),
+        (
+            {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+            "grpo",
+            {"surrogate.level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+        ),
+        (
+            {"bf16": True, "gradient_checkpointing": True, "disable_dropout": True},
+            "grpo",
+            {"model.autocast": "bfloat16", "model.gradient_checkpointing": True},
+        ),
         ({"warmup_steps": 0.1, "max_steps": 50}, "grpo", {"train.warmup_steps": 5}),
     ],
-)  # fmt: skip
+)
 def test_settings(given, recipe, expected):
     found = keel.from_trl(GRPOConfig(**given))
     assert found.recipe == recipe
@@ -128,9 +144,25 @@ def test_other_objects_are_refused():
 
 def test_a_translation_runs(train):
     found = keel.from_trl(
-        GRPOConfig(max_steps=4, per_device_train_batch_size=4, num_generations=4, gradient_accumulation_steps=2,
-                   steps_per_generation=4, beta=0.1, learning_rate=1e-3, max_completion_length=11)
-    )  # fmt: skip
-    run = train(found.recipe, name="translated", seed=found.seed, **{**found.settings, "max_steps": found.settings["train.max_steps"],
-                "learning_rate": found.settings["train.learning_rate"]})  # fmt: skip
+        GRPOConfig(
+            max_steps=4,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            gradient_accumulation_steps=2,
+            steps_per_generation=4,
+            beta=0.1,
+            learning_rate=1e-3,
+            max_completion_length=11,
+        )
+    )
+    run = train(
+        found.recipe,
+        name="translated",
+        seed=found.seed,
+        **{
+            **found.settings,
+            "max_steps": found.settings["train.max_steps"],
+            "learning_rate": found.settings["train.learning_rate"],
+        },
+    )
     assert run.summary["steps"] == 2 and run.metrics["num_rows"][0][1] == 16

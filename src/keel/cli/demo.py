@@ -9,11 +9,13 @@ from typing import Any
 from keel.cli.show import print_json, quiet_or_bars
 from keel.evaluate.evaluation import Evaluation
 from keel.report.arms import Arm
-from keel.train.entry import Run, train
+from keel.train.entry import train
+from keel.train.lifecycle import Run
 from keel.train.session import Reporter
 
 BETAS = (0.03, 0.1, 0.3)
 STEPS = 100  # of each run: with the built-in base some six minutes in all on two cores
+PROBE = 20  # steps that tell how long a supervised step takes
 REGULARISED = 0.1  # the one that `after_regularised` of the summary holds
 
 
@@ -46,8 +48,9 @@ def run_demo(runs: Path, seed: int, max_steps: int | None, control: bool, as_jso
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     steps = {"train.max_steps": STEPS if max_steps is None else max_steps}
+    # KL(ref || policy), the direction that holds on to what the reference could do
     plans = [Plan("grpo", "GRPO", "grpo", 0.0, steps)]
-    plans += [Plan(f"grpo_kl_{b:g}", f"GRPO + {b:g} KL(ref || policy)", "grpo_forward_kl", b, steps | {"beta": b}) for b in BETAS]
+    plans += [Plan(f"grpo_kl_{b:g}", f"GRPO, KL {b:g}", "grpo_forward_kl", b, steps | {"beta": b}) for b in BETAS]
     arms: list[Arm] = []
     before: Evaluation | None = None
     for plan in plans:
@@ -69,6 +72,12 @@ def run_demo(runs: Path, seed: int, max_steps: int | None, control: bool, as_jso
 
 
 def _train(plan: Plan, folder: Path, seed: int, first: bool, report: Reporter) -> Run:
+    settings: dict[str, Any] = {
+        "evaluate.before": first,
+        "train.save_steps": 0,
+        "train.log_completions": 0,
+        **plan.settings,
+    }
     return train(
         plan.recipe,
         task="countdown",
@@ -76,35 +85,29 @@ def _train(plan: Plan, folder: Path, seed: int, first: bool, report: Reporter) -
         name=plan.name,
         runs=folder,
         report=_silenced(report),
-        **{"evaluate.before": first, "train.save_steps": 0, "train.log_completions": 0},
-        **plan.settings,
+        **settings,
     )
 
 
 def _control(run: Run, folder: Path, seed: int, report: Reporter) -> Arm:
-    """Supervised training for as long as the plain run took: what solutions to imitate would have given."""
-    from keel.train.session import Session
+    """Supervised training for as long as the plain run took: what solutions to imitate would have given.
 
-    budget = float(run.summary["seconds"])
-
-    def timed(event: str, facts: Any) -> None:
-        if event == "start":
-            session: Session = facts["session"]
-            session.stopping = lambda: session.position.seconds >= budget
-        _silenced(report)(event, facts)
-
-    probe = train(
-        "sft", task="countdown", seed=seed, name="sft_probe", runs=folder, report=timed,
-        **{"train.max_steps": 20, "train.batch_size": 128, "evaluate.before": False, "evaluate.after": False, "train.save_steps": 0},
-    )  # fmt: skip
-    each = float(probe.summary["seconds"]) / 20
-    steps = max(1, int(budget / each))
-    done = train(
-        "sft", task="countdown", seed=seed, name="sft", runs=folder, report=_silenced(report),
-        **{"train.max_steps": steps, "train.batch_size": 128, "train.learning_rate": 5e-4, "train.lr_scheduler": "cosine",
-           "train.lr_final": 0.1, "evaluate.before": False, "train.save_steps": 0, "train.log_completions": 0},
-    )  # fmt: skip
-    return Arm("sft", "supervised, same time", done.evaluations["after"], None, done.summary["seconds"])
+    A short run tells how long a step takes, so that the schedule can be laid out beforehand.
+    """
+    settings: dict[str, Any] = {
+        "train.batch_size": 128,
+        "train.learning_rate": 5e-4,
+        "train.lr_scheduler": "cosine",
+        "train.lr_final": 0.1,
+        "train.save_steps": 0,
+        "train.log_completions": 0,
+        "evaluate.before": False,
+    }
+    probe = Plan("sft_probe", "", "sft", 0.0, settings | {"train.max_steps": PROBE, "evaluate.after": False})
+    each = float(_train(probe, folder, seed, False, report).summary["seconds"]) / PROBE
+    steps = max(1, int(float(run.summary["seconds"]) / each))
+    done = _train(Plan("sft", "", "sft", 0.0, settings | {"train.max_steps": steps}), folder, seed, False, report)
+    return Arm("sft", "supervised", done.evaluations["after"], None, done.summary["seconds"])
 
 
 def _silenced(report: Reporter) -> Reporter:
@@ -145,5 +148,3 @@ def _print(folder: Path, arms: list[Arm]) -> None:
         console.print(f"- {sentence}", highlight=False)
     console.print(f"report   {folder / 'report.html'}", highlight=False)
     console.print(f"picture  {folder / 'demo.svg'}", highlight=False)
-
-

@@ -5,11 +5,25 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 import time
 from typing import Any
 
-CORE = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "reasoning-gym", "math-verify", "pydantic", "typer", "rich", "plotly", "jaxtyping", "scipy")  # fmt: skip
+CORE = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "safetensors",
+    "reasoning-gym",
+    "math-verify",
+    "pydantic",
+    "typer",
+    "rich",
+    "plotly",
+    "jaxtyping",
+    "scipy",
+)
 EXTRAS = ("trl", "vllm", "ray", "tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -58,9 +72,9 @@ def print_findings(findings: dict[str, Any]) -> None:
 
 
 def _problems(findings: dict[str, Any]) -> list[str]:
-    out = [f"{name} is missing: pip install keel-rl" for name, version in findings["packages"].items() if version is None]
-    if sys.version_info < (3, 11):
-        out.append("Python 3.11 or newer is needed")
+    out = [
+        f"{name} is missing: pip install keel-rl" for name, version in findings["packages"].items() if version is None
+    ]
     if findings["cache_free_gib"] < 1:
         out.append(f"less than 1 GiB is free at {findings['cache']}: free some, or set KEEL_CACHE")
     return out

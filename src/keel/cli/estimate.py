@@ -3,9 +3,9 @@
 import time
 from typing import Any
 
-from keel.train.entry import load_model
 from keel.train.online import live_functionals, prepare
 from keel.train.session import build_session
+from keel.train.setup import load_model
 
 SHOWN = 4
 

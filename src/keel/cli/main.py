@@ -17,11 +17,21 @@ app = typer.Typer(
 methods_app = typer.Typer(invoke_without_command=True, help="List the recipes, or show the composition of one.")
 app.add_typer(methods_app, name="methods")
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A recipe argument (beta=0.04), or a path (train.learning_rate=1e-5, terms.kl.coef=0.1).")]  # fmt: skip
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A recipe argument (beta=0.04), or a path (train.learning_rate=1e-5, terms.kl.coef=0.1).",
+    ),
+]
 Model = Annotated[str | None, typer.Option("--model", help="tiny, a folder, a run's folder, or a hub name.")]
 Task = Annotated[str | None, typer.Option("--task", help="countdown, or the name of a reasoning-gym data set.")]
 Data = Annotated[str | None, typer.Option("--data", help="JSONL, Parquet, or a saved data set, in place of a task.")]
-Reward = Annotated[list[str] | None, typer.Option("--reward", metavar="MODULE:FUNCTION", help="Scores completions; may be given several times.")]  # fmt: skip
+Reward = Annotated[
+    list[str] | None,
+    typer.Option("--reward", metavar="MODULE:FUNCTION", help="Scores completions; may be given several times."),
+]
 Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Decides all randomness.")]
@@ -40,20 +50,32 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run of that name.")] = False,
     seed: Seed = None,
     max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Batches.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show composition, memory, time and a first batch; train nothing.")] = False,  # fmt: skip
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show composition, memory, time and a first batch; train nothing.")
+    ] = False,
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Train a model by a recipe."""
     from keel.cli.show import print_composition, print_dry_run, print_run, quiet_or_bars
-    from keel.train.entry import execute, prepare_setup
+    from keel.train.lifecycle import execute
+    from keel.train.setup import prepare_setup
 
     settings = pairs(set_) | ({} if max_steps is None else {"train.max_steps": max_steps})
     report = quiet_or_bars(as_json)
     setup = prepare_setup(
-        recipe, model, None, task, data, tuple(reward) if reward else None,
-        seed=seed, name=name, config=config, settings=settings, report=report,
-    )  # fmt: skip
+        recipe,
+        model,
+        None,
+        task,
+        data,
+        tuple(reward) if reward else None,
+        seed=seed,
+        name=name,
+        config=config,
+        settings=settings,
+        report=report,
+    )
     if dry_run:
         print_dry_run(setup, as_json)
         return
@@ -82,7 +104,14 @@ def evaluate(
     report = quiet_or_bars(as_json)
     report("phase", {"name": "eval", "steps": None, "text": f"measuring {model}"})
     found = run_evaluation(
-        model, task, data, tuple(reward) if reward else None, seed=seed or 0, reference=reference, report=report, **settings
+        model,
+        task,
+        data,
+        tuple(reward) if reward else None,
+        seed=seed or 0,
+        reference=reference,
+        report=report,
+        **settings,
     )
     report("done", {})
     print_evaluation(found, as_json)
@@ -102,7 +131,9 @@ def sample(
     from keel.cli.show import print_samples, quiet_or_bars
     from keel.train.entry import sample as draw
 
-    found = draw(model, prompt, num_generations, seed=seed or 0, task=task, report=quiet_or_bars(as_json), **pairs(set_))
+    found = draw(
+        model, prompt, num_generations, seed=seed or 0, task=task, report=quiet_or_bars(as_json), **pairs(set_)
+    )
     print_samples(found, as_json)
 
 

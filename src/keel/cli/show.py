@@ -11,7 +11,20 @@ from keel.core.config import to_config
 from keel.train.configuration import Configuration
 from keel.train.session import Reporter
 
-SLOTS = ("rollout", "rewards", "transforms", "advantage", "heads", "surrogate", "aggregation", "masks", "weights", "terms", "models", "controllers")  # fmt: skip
+SLOTS = (
+    "rollout",
+    "rewards",
+    "transforms",
+    "advantage",
+    "heads",
+    "surrogate",
+    "aggregation",
+    "masks",
+    "weights",
+    "terms",
+    "models",
+    "controllers",
+)
 
 
 def quiet_or_bars(as_json: bool) -> Reporter:
@@ -136,7 +149,9 @@ def print_evaluation(evaluation: Any, as_json: bool) -> None:
 def print_samples(samples: list[Any], as_json: bool) -> None:
     """Completions with their log-probabilities."""
     if as_json:
-        print_json([{"prompt": s.prompt, "completion": s.text, "log_prob": s.log_prob, "stop": s.stop} for s in samples])
+        print_json(
+            [{"prompt": s.prompt, "completion": s.text, "log_prob": s.log_prob, "stop": s.stop} for s in samples]
+        )
         return
     for s in samples:
         print(f"{s.log_prob:9.3f}  {s.stop:<11}  {s.prompt}{s.text}")
@@ -152,8 +167,21 @@ def print_runs(folder: Path, as_json: bool) -> None:
         with Store(file, readonly=True) as store:
             found = store.runs()
     if as_json:
-        print_json([{"name": r.name, "recipe": r.recipe, "task": r.task, "model": r.model, "seed": r.seed, "status": r.status,
-                     "step": r.step, "summary": r.summary} for r in found])  # fmt: skip
+        print_json(
+            [
+                {
+                    "name": r.name,
+                    "recipe": r.recipe,
+                    "task": r.task,
+                    "model": r.model,
+                    "seed": r.seed,
+                    "status": r.status,
+                    "step": r.step,
+                    "summary": r.summary,
+                }
+                for r in found
+            ]
+        )
         return
     if not found:
         print(f"no runs in {folder}")
@@ -178,11 +206,7 @@ def print_dry_run(setup: Any, as_json: bool) -> None:
     for key in ("parameters", "trained_parameters"):
         print(f"{key.replace('_', ' '):<20} {facts[key]:,}")
     print(f"{'memory, estimated':<20} {facts['memory_gib']:.2f} GiB")
-    print(f"{'time, estimated':<20} {facts['seconds_per_step']:.2f} s a step (one measured), {facts['minutes']:.1f} min in all")
+    print(f"{'time, estimated':<20} {facts['seconds_per_step']:.2f} s a step, {facts['minutes']:.1f} min in all")
     print("first batch:")
     for prompt, completion in facts["first_batch"]:
         print(f"  {prompt!r} -> {completion!r}")
-
-
-
-

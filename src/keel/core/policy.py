@@ -66,7 +66,10 @@ class Head:
 class PolicyModel(Protocol):
     """A policy over tokens: `hidden(rows)[b, t]` is the state from which `rows.tokens[b, t]` was chosen."""
 
-    head: Head
+    @property
+    def head(self) -> Head:
+        """From states to logits."""
+        ...
 
     @property
     def module(self) -> nn.Module:

@@ -21,18 +21,40 @@ from keel.rollouts.sampling import Generator, Sampling
 class Prompted(Protocol):
     """What is needed of a task's example."""
 
-    prompt: Any
-    columns: dict[str, Any]
-    index: int
+    @property
+    def prompt(self) -> Any:
+        """Text or messages."""
+        ...
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What reaches the reward functions."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """Number of the example."""
+        ...
 
 
 @runtime_checkable
 class Scored(Protocol):
     """What is needed of scores: a column for each reward function (NaN: does not apply), and rows that failed."""
 
-    values: Float[Tensor, "B K"]
-    names: Sequence[str]
-    failed: Bool[Tensor, "B"]
+    @property
+    def values(self) -> Float[Tensor, "B K"]:
+        """Rewards."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the columns."""
+        ...
+
+    @property
+    def failed(self) -> Bool[Tensor, "B"]:
+        """Rows that could not be scored."""
+        ...
 
 
 Score = Callable[[list, list, list[list[int]], dict[str, list], Tensor], Scored]

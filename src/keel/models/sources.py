@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from keel.core.errors import UserError
-from keel.core.policy import PolicyModel
+from keel.core.policy import Head, PolicyModel
 from keel.core.registry import part
 from keel.core.rows import Rows
 from keel.models.adapters import AdapterView
@@ -100,7 +100,7 @@ class SourceModel:
         return self.model.module
 
     @property
-    def head(self):
+    def head(self) -> Head:
         """From states to logits."""
         return self.model.head
 

@@ -238,7 +238,7 @@ class Engine:
     # -- forward -------------------------------------------------------------------------------------------------
 
     def split(self, rows: Rows) -> list[Tensor]:
-        """Micro-batches of at most `max_tokens` (one row at least): groups side by side, those of similar length together."""
+        """Micro-batches of at most `max_tokens`, one row at least: groups side by side, similar lengths together."""
         prompt = rows.prompt_mask.sum(1)
         completion = rows.present.sum(1)
         total = prompt + completion

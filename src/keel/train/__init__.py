@@ -1,4 +1,7 @@
-"""The loop, and what it stands on: settings, optimiser, checkpoints, entries. Called, it is `keel.train.entry.train`."""
+"""The loop, and what it stands on: settings, optimiser, checkpoints, entries.
+
+Called, the package is `keel.train.entry.train`.
+"""
 
 from keel.core.callable import make_callable
 

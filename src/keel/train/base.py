@@ -34,7 +34,7 @@ class BaseRecipe:
         seed: of the weights and of the order of the data; it is the base's own, whatever the seed of a run.
     """
 
-    shape: TinyConfig = TinyConfig()  # noqa: RUF009 (frozen)
+    shape: TinyConfig = TinyConfig()
     steps: int = 500
     batch_size: int = 128
     learning_rate: float = 2e-3
@@ -55,9 +55,18 @@ def ensure_base(task: Task, how: BaseRecipe | None = None, report: Reporter = si
     """
     how = how or BaseRecipe()
     if not task.characters:
-        raise ConfigError(f"the built-in model does not know the alphabet of task '{task.name}'", "model",
-                          "Give --model with a folder or a hub name.")  # fmt: skip
-    facts = {"version": VERSION, "task": task.name, "characters": task.characters, "data": _held_out(task), **asdict(how)}
+        raise ConfigError(
+            f"the built-in model does not know the alphabet of task '{task.name}'",
+            "model",
+            "Give --model with a folder or a hub name.",
+        )
+    facts = {
+        "version": VERSION,
+        "task": task.name,
+        "characters": task.characters,
+        "data": _held_out(task),
+        **asdict(how),
+    }
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
     final = cache_directory() / f"tiny-{task.name}-{digest}"
     if final.is_dir():

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON only, checksummed, written under a temporary name and renamed.
 
-    checkpoint-N/    weights and tokenizer as `from_pretrained` reads them
-      keel/          optimiser, heads, moving models, states, position, and a manifest with a checksum of every file
+checkpoint-N/    weights and tokenizer as `from_pretrained` reads them
+  keel/          optimiser, heads, moving models, states, position, and a manifest with a checksum of every file
 """
 
 import hashlib
@@ -74,7 +74,7 @@ def checkpoints(path: Path) -> list[Path]:
 
 def newest_sound(path: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all as they were written, and what was wrong with newer ones."""
-    complaints = []
+    complaints: list[str] = []
     for candidate in reversed(checkpoints(path)):
         fault = damage(candidate)
         if fault is None:
@@ -176,4 +176,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-

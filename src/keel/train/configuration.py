@@ -1,7 +1,7 @@
 """From a recipe, arguments and paths to a complete configuration, and back.
 
-Later sources win: the recipe's defaults, its training preset, the task's preset (for the built-in model), a configuration
-file, arguments, paths.
+Later sources win: the recipe's defaults, its training preset, the task's preset (for the built-in model), a
+configuration file, arguments, paths.
 """
 
 from collections.abc import Mapping
@@ -105,7 +105,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError("is no mapping of sections", str(path), f"Sections: {', '.join(KEYS)}.")
     for key in data:
         if key not in KEYS:
-            raise ConfigError(f"unknown section '{key}'.{nearest(str(key), KEYS)}", str(path), f"Sections: {', '.join(KEYS)}.")
+            raise ConfigError(
+                f"unknown section '{key}'.{nearest(str(key), KEYS)}", str(path), f"Sections: {', '.join(KEYS)}."
+            )
     return data
 
 
@@ -131,8 +133,11 @@ def resolve(request: Request, task: Task | None = None) -> Configuration:
     preset = _preset(known, task, model)
     if isinstance(request.recipe, Method) or file.get("method") is not None:
         if bare:
-            raise ConfigError("the composition is given in full, so recipe arguments do not apply", next(iter(bare)),
-                              "Use a path into the method, such as terms.kl.coef, or leave the method section out.")  # fmt: skip
+            raise ConfigError(
+                "the composition is given in full, so recipe arguments do not apply",
+                next(iter(bare)),
+                "Use a path into the method, such as terms.kl.coef, or leave the method section out.",
+            )
         method = request.recipe if isinstance(request.recipe, Method) else from_config(file["method"], "method")
         if not isinstance(method, Method):
             raise ConfigError("is no composition", "method", "Write it as `keel methods show NAME` prints it.")
@@ -187,7 +192,9 @@ def _recipe_of(request: Request, file: Mapping[str, Any]) -> tuple[Recipe | None
     if isinstance(given, str):
         given = {"name": given}
     if not isinstance(given, Mapping) or set(given) - {"name", "arguments"}:
-        raise ConfigError("must have a name and arguments", "recipe", "For example {name: grpo, arguments: {beta: 0.04}}.")
+        raise ConfigError(
+            "must have a name and arguments", "recipe", "For example {name: grpo, arguments: {beta: 0.04}}."
+        )
     name = request.recipe or given.get("name")
     if name is None:
         if file.get("method") is None:
@@ -212,8 +219,11 @@ def _sorted_values(request: Request, known: Recipe | None) -> tuple[dict[str, An
             bare[key] = value
         elif key not in TrainSettings.model_fields:
             choices = [*arguments, *TrainSettings.model_fields]
-            raise ConfigError(f"nothing is called '{key}'.{nearest(key, choices)}", key,
-                              f"Arguments of the recipe: {', '.join(arguments) or 'none'}.")  # fmt: skip
+            raise ConfigError(
+                f"nothing is called '{key}'.{nearest(key, choices)}",
+                key,
+                f"Arguments of the recipe: {', '.join(arguments) or 'none'}.",
+            )
     return bare, paths
 
 

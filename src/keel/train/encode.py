@@ -35,7 +35,9 @@ class Encoder:
         """
         ids = self._prompt_ids(prompt)
         if not ids:
-            raise DataError("this prompt has no tokens", repr(prompt)[:80], "Remove it, or give the model something to answer.")
+            raise DataError(
+                "this prompt has no tokens", repr(prompt)[:80], "Remove it, or give the model something to answer."
+            )
         return ids if self.max_prompt_length is None else ids[-self.max_prompt_length :]
 
     def cut(self, prompt: Text) -> bool:
@@ -68,8 +70,11 @@ class Encoder:
         if self.system_prompt is not None:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         if not tokenizer.chat_template:
-            raise UserError("the prompts are messages, but the tokenizer has no chat template", "data",
-                            "Give plain text prompts, or a model with a chat template.")  # fmt: skip
+            raise UserError(
+                "the prompts are messages, but the tokenizer has no chat template",
+                "data",
+                "Give plain text prompts, or a model with a chat template.",
+            )
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -83,7 +88,12 @@ class Truncated:
 
 
 def supervised_rows(
-    examples: Sequence[Example], completions: Sequence[Text], encoder: Encoder, max_length: int | None, seed: int, step: int
+    examples: Sequence[Example],
+    completions: Sequence[Text],
+    encoder: Encoder,
+    max_length: int | None,
+    seed: int,
+    step: int,
 ) -> tuple[Rows, Truncated]:
     """Rows of given completions; `max_length` cuts the completion first, and the cuts are counted."""
     from keel.core.choice import row_ids

@@ -13,7 +13,7 @@ from keel.parts.rewards.score import score
 from keel.rollouts.choose import choose_generator
 from keel.rollouts.sampling import Sampling
 from keel.statistics.engine import Engine
-from keel.statistics.functionals import Divergence, Entropy
+from keel.statistics.functionals import Divergence, Entropy, Functional
 from keel.tasks.task import Example, RewardFunction, Task
 from keel.train.encode import Encoder
 from keel.train.settings import EvaluateSettings
@@ -57,11 +57,9 @@ def measure_policy(
     engine = Engine(models, max_tokens=max_tokens)
 
     def statistics(rows: Rows) -> dict[str, Tensor]:
-        needs = [Entropy(), *([] if reference is None else [Divergence("kl_policy_ref")])]
+        needs: list[Functional] = [Entropy()] if reference is None else [Entropy(), Divergence("kl_policy_ref")]
         stats = engine.measure(needs, rows.to(policy.device))
-        return {"entropy": stats[Entropy()]} | (
-            {} if reference is None else {"kl": stats[Divergence("kl_policy_ref")]}
-        )
+        return {"entropy": stats[Entropy()]} | ({} if reference is None else {"kl": stats[Divergence("kl_policy_ref")]})
 
     samples = collect(
         choose_generator(policy, generator),

@@ -76,7 +76,7 @@ def kl_metrics(rows: Rows, stats: Stats) -> dict[str, Tensor]:
 
 
 def sampler_metrics(rows: Rows, old: Tensor) -> dict[str, Tensor]:
-    """Gap between sampler and trainer, mean |log old - log behaviour|, and the effective share of importance weights."""
+    """Gap between sampler and trainer, mean |log old - log behaviour|, and the effective share of the weights."""
     gap = torch.where(rows.mask, old - rows.logp["behaviour"], torch.zeros_like(old))
     weight = token_weight(rows)
     ratios = gap.clamp(-20, 20).exp()

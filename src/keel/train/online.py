@@ -1,8 +1,9 @@
 """The loop, from prompts to weights, to be read from top to bottom.
 
-    prepare, once a batch:   prompts -> rollout -> rows -> rewards, until enough groups -> frozen statistics -> transforms
-                             -> advantages
-    update, one or more:     live statistics -> masks -> weights -> loss -> gradient of the statistics -> backward -> step
+    prepare, once a batch:   prompts -> rollout -> rows -> rewards, until enough groups -> frozen statistics
+                             -> transforms -> advantages
+    update, one or more:     live statistics -> masks -> weights -> loss -> gradient of the statistics -> backward
+                             -> step
     observe, once a batch:   parts with memory, controllers and moving models read what happened
 
 Data from files enters after the rollout: its rows come from `prepare_supervised`, all else is the same code.
@@ -114,17 +115,24 @@ def rollout_batch(session: Session) -> Batch:
         if not train.dynamic_sampling and not bool(failed.any()):
             break
     if not found:
-        raise TrainingError(f"no usable group in {rounds} rounds", "rollout",
-                            "Every group was tied or its reward function failed; see rewards/NAME/errors.")  # fmt: skip
+        raise TrainingError(
+            f"no usable group in {rounds} rounds",
+            "rollout",
+            "Every group was tied or its reward function failed; see rewards/NAME/errors.",
+        )
     rows = cat(found).trim()
     if groups < rollout.num_prompts:
-        session.report("warning", {"text": f"step {session.position.step}: {groups} of {rollout.num_prompts} groups are usable"})
+        session.report(
+            "warning", {"text": f"step {session.position.step}: {groups} of {rollout.num_prompts} groups are usable"}
+        )
     session.position.tokens += int(rows.mask.sum())
     metrics["rounds"] = float(rounds)
     return Batch(rows, Stats(), metrics | rollout_metrics(rows, session.rewards), texts)
 
 
-def score_round(session: Session, examples: list[Example], rounds: int) -> tuple[Rows, list[tuple[Text, str]], Tensor, dict]:
+def score_round(
+    session: Session, examples: list[Example], rounds: int
+) -> tuple[Rows, list[tuple[Text, str]], Tensor, dict]:
     """One rollout with its rewards; rows of groups whose reward function failed are marked."""
     rollout, position = session.method.rollout, session.position
     assert rollout is not None
@@ -146,17 +154,21 @@ def score_round(session: Session, examples: list[Example], rounds: int) -> tuple
         text if isinstance(e.prompt, str) else [{"role": "assistant", "content": text}]
         for text, e in zip(texts, owners, strict=True)
     ]
-    columns = {key: [e.columns.get(key) for e in owners] for key in dict.fromkeys(k for e in examples for k in e.columns)}
+    columns = {
+        key: [e.columns.get(key) for e in owners] for key in dict.fromkeys(k for e in examples for k in e.columns)
+    }
     begun = time.monotonic()
     scores = score(session.rewards, [e.prompt for e in owners], replies, tokens, columns, rows.group)
     metrics = {"time/rollout": spent, "time/reward": time.monotonic() - begun}
     for name, errors in scores.errors.items():
         metrics[f"rewards/{name}/errors"] = float(errors)
         if errors:
-            said = "; ".join(scores.messages.get(name, [])[:1])
-            session.report("warning", {"text": f"reward '{name}' failed for {errors} groups, which are left out: {said}"})
+            reason = "; ".join(scores.messages.get(name, [])[:1])
+            session.report(
+                "warning", {"text": f"reward '{name}' failed for {errors} groups, which are left out: {reason}"}
+            )
     rows = rows.with_(reward=scores.values.to(rows.device))
-    said = [(e.prompt, text) for e, text in zip(owners, texts, strict=True)]
+    said: list[tuple[Text, str]] = [(e.prompt, text) for e, text in zip(owners, texts, strict=True)]
     return rows, said, scores.failed.to(rows.device), metrics
 
 
@@ -208,8 +220,11 @@ def prepare_supervised(session: Session) -> Batch:
         if text is None:
             text = session.task.solution(example, position.drawn - len(examples) + i)
         if text is None:
-            raise DataError("has no completion to learn from", f"{session.task.name}, example {example.index}",
-                            "Give `prompt` and `completion`, or `messages` that end with the assistant's.")  # fmt: skip
+            raise DataError(
+                "has no completion to learn from",
+                f"{session.task.name}, example {example.index}",
+                "Give `prompt` and `completion`, or `messages` that end with the assistant's.",
+            )
         completions.append(text)
     limit = train.max_length or session.policy.context_length
     rows, cut = supervised_rows(examples, completions, session.encoder, limit, session.config.seed, position.step)
@@ -221,7 +236,10 @@ def prepare_supervised(session: Session) -> Batch:
         "truncated/completions": float(cut.completions),
         "completions/mean_length": float(rows.lengths.float().mean()),
     }
-    texts = [(e.prompt, c if isinstance(c, str) else str(c[-1]["content"])) for e, c in zip(examples, completions, strict=True)]
+    texts = [
+        (e.prompt, c if isinstance(c, str) else str(c[-1]["content"]))
+        for e, c in zip(examples, completions, strict=True)
+    ]
     return Batch(rows, Stats(), metrics, texts)
 
 
@@ -303,8 +321,11 @@ def _finite(session: Session, loss: Tensor, norm: Tensor, rows: Rows, stats: Sta
     what = f"step {session.position.step}: the loss is {float(loss):g} and the gradient's norm {float(norm):g}"
     session.report("warning", {"text": f"{what}; the update is skipped, its batch kept in {place}"})
     if session.position.skipped >= PATIENCE:
-        raise TrainingError(f"{PATIENCE} updates in a row were not finite ({what})", str(place or "update"),
-                            "Lower train.learning_rate, or look at the kept batches.")  # fmt: skip
+        raise TrainingError(
+            f"{PATIENCE} updates in a row were not finite ({what})",
+            str(place or "update"),
+            "Lower train.learning_rate, or look at the kept batches.",
+        )
     return False
 
 
@@ -344,7 +365,9 @@ def record(session: Session, batch: Batch, metrics: dict[str, float]) -> None:
     if session.store is not None and session.run_id is not None:
         session.store.log_metrics(session.run_id, step, metrics)
         if logged and session.method.kind == "online":
-            session.store.log_rollouts(session.run_id, step, stored_rollouts(session, batch.rows, batch.texts, batch.seen))
+            session.store.log_rollouts(
+                session.run_id, step, stored_rollouts(session, batch.rows, batch.texts, batch.seen)
+            )
     session.report("step", {"step": step, "metrics": metrics, "completions": shown})
 
 

@@ -96,5 +96,6 @@ class Optimiser:
             state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
             if state:
                 self.inner.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device).clone() for key, value in state.items()
+                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                    for key, value in state.items()
                 }

@@ -31,7 +31,14 @@ class ProgressReporter:
 
     def __init__(self, completions: bool = True, width: int | None = None, force: bool = False):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.completions = completions
         self.console = Console(stderr=True, width=width, force_terminal=True if force else None)
@@ -65,7 +72,12 @@ class ProgressReporter:
         self.bars.update(self.task, completed=facts["step"], said=said)
         for prompt, completion in facts["completions"] if self.completions else []:
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            self.console.print(f"  step {facts['step']}: {_short(text)} -> {_short(completion)}", markup=False, highlight=False, style="dim")
+            self.console.print(
+                f"  step {facts['step']}: {_short(text)} -> {_short(completion)}",
+                markup=False,
+                highlight=False,
+                style="dim",
+            )
 
     def on_progress(self, facts: Mapping[str, Any]) -> None:
         """Part of a phase that counts something other than steps."""

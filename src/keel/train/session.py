@@ -9,6 +9,7 @@ from torch import nn
 
 from keel.core.choice import counter_seed
 from keel.core.errors import ConfigError, UserError
+from keel.core.policy import PolicyModel
 from keel.method import Method, States
 from keel.models.language import LanguageModel
 from keel.models.sources import SourceModel, build
@@ -22,6 +23,7 @@ from keel.tasks.task import RewardFunction, Task
 from keel.train.configuration import Configuration
 from keel.train.encode import Encoder
 from keel.train.optimiser import Optimiser
+from keel.train.settings import TaskSettings
 
 Reporter = Callable[[str, Mapping[str, Any]], None]
 TRUSTED = ("countdown",)  # verifiers of Keel's own that cannot hang run in the process itself
@@ -116,8 +118,9 @@ def build_session(
     functions = _rewards(config, task, rewards) if method.kind == "online" else {}
     sources = {name: build(source, policy, initial) for name, source in method.models.items()}
     heads = {name: spec.build(policy, counter_seed(config.seed, name)) for name, spec in method.heads.items()}
+    models: dict[str, PolicyModel] = {"policy": policy, **sources}
     engine = Engine(
-        {"policy": policy, **sources},
+        models,
         heads,
         temperature=1.0 if rollout is None else rollout.temperature,
         max_tokens=train.max_tokens,
@@ -147,10 +150,14 @@ def build_session(
     )
 
 
-def reward_functions(config: Configuration, task: Task, given: Mapping[str, Any] | None) -> dict[str, RewardFunction]:
-    """The reward functions of a run, under their time limits; none is not an error here."""
-    timeout = config.task.reward_timeout
-    named = dict(given or {}) or {_short(reward): reward for reward in config.task.rewards}
+def reward_functions(
+    settings: TaskSettings, task: Task, given: Mapping[str, Any] | None, method_rewards: Mapping[str, Any] | None = None
+) -> dict[str, RewardFunction]:
+    """The reward functions of a run, under their time limits: those given, those of the configuration, the method's own
+    (its slot `rewards`), or the task's; none is not an error here.
+    """
+    timeout = settings.reward_timeout
+    named = dict(given or {}) or {_short(reward): reward for reward in settings.rewards} or dict(method_rewards or {})
     if named:
         return {name: isolate(reward, timeout) for name, reward in named.items()}
     if task.rewards:
@@ -162,10 +169,13 @@ def reward_functions(config: Configuration, task: Task, given: Mapping[str, Any]
 
 
 def _rewards(config: Configuration, task: Task, given: Mapping[str, Any] | None) -> dict[str, RewardFunction]:
-    functions = reward_functions(config, task, given)
+    functions = reward_functions(config.task, task, given, config.method.rewards)
     if not functions:
-        raise ConfigError("this method needs a reward, and the data have no column `answer` to verify", "reward",
-                          "Give --reward module:function, reward=callable in Python, or an `answer` column.")  # fmt: skip
+        raise ConfigError(
+            "this method needs a reward, and the data have no column `answer` to verify",
+            "reward",
+            "Give --reward module:function, reward=callable in Python, or an `answer` column.",
+        )
     columns = set(task.train[0].columns) if len(task.train) else set()
     for name, target in (given or {}).items():
         if callable(target):
@@ -182,5 +192,8 @@ def _check_context(config: Configuration, policy: LanguageModel) -> None:
     if rollout is None or limit is None:
         return
     if rollout.max_completion_length >= limit:
-        raise UserError(f"{rollout.max_completion_length} leaves no room in the model's context of {limit} tokens",
-                        "rollout.max_completion_length", "Lower it.")  # fmt: skip
+        raise UserError(
+            f"{rollout.max_completion_length} leaves no room in the model's context of {limit} tokens",
+            "rollout.max_completion_length",
+            "Lower it.",
+        )

@@ -9,18 +9,78 @@ from keel.core.errors import ConfigError
 
 # Values that change nothing here, or that only say how TRL itself runs, logs and uploads.
 _IRRELEVANT = frozenset(
-    """output_dir do_train do_eval do_predict logging_dir logging_strategy logging_first_step logging_steps
-    logging_nan_inf_filter save_strategy disable_tqdm report_to run_name push_to_hub hub_model_id hub_strategy hub_token
-    hub_private_repo hub_always_push hub_revision remove_unused_columns label_names dataloader_num_workers
-    dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor ddp_timeout log_level log_level_replica
-    log_on_each_node skip_memory_metrics include_num_input_tokens_seen shuffle_dataset num_completions_to_print
-    log_unique_prompts log_multimodal log_completions_hub_repo use_cpu no_cuda seed data_seed full_determinism project
-    trackio_space_id per_device_eval_batch_size num_generations_eval dataset_num_proc vllm_mode vllm_model_impl
-    vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
-    vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size gradient_checkpointing_kwargs
-    cache_implementation ds3_gather_for_generation pad_to_multiple_of restore_callback_states_from_checkpoint
-    overwrite_output_dir ignore_data_skip resume_from_checkpoint activation_checkpointing include_for_metrics
-    accelerator_config debug""".split()
+    [
+        "output_dir",
+        "do_train",
+        "do_eval",
+        "do_predict",
+        "logging_dir",
+        "logging_strategy",
+        "logging_first_step",
+        "logging_steps",
+        "logging_nan_inf_filter",
+        "save_strategy",
+        "disable_tqdm",
+        "report_to",
+        "run_name",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_token",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+        "remove_unused_columns",
+        "label_names",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "ddp_timeout",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "skip_memory_metrics",
+        "include_num_input_tokens_seen",
+        "shuffle_dataset",
+        "num_completions_to_print",
+        "log_unique_prompts",
+        "log_multimodal",
+        "log_completions_hub_repo",
+        "use_cpu",
+        "no_cuda",
+        "seed",
+        "data_seed",
+        "full_determinism",
+        "project",
+        "trackio_space_id",
+        "per_device_eval_batch_size",
+        "num_generations_eval",
+        "dataset_num_proc",
+        "vllm_mode",
+        "vllm_model_impl",
+        "vllm_enable_sleep_mode",
+        "vllm_server_base_url",
+        "vllm_server_host",
+        "vllm_server_port",
+        "vllm_server_timeout",
+        "vllm_group_port",
+        "vllm_gpu_memory_utilization",
+        "vllm_max_model_length",
+        "vllm_tensor_parallel_size",
+        "gradient_checkpointing_kwargs",
+        "cache_implementation",
+        "ds3_gather_for_generation",
+        "pad_to_multiple_of",
+        "restore_callback_states_from_checkpoint",
+        "overwrite_output_dir",
+        "ignore_data_skip",
+        "resume_from_checkpoint",
+        "activation_checkpointing",
+        "include_for_metrics",
+        "accelerator_config",
+        "debug",
+    ]
 )
 _TRAINING = {
     "learning_rate": "learning_rate",
@@ -169,7 +229,9 @@ def _grpo(reader: _Reader, out: dict[str, Any]) -> str:
         cap = float(reader.take("vllm_importance_sampling_clip_max", 3.0))
         out["importance_cap"] = cap
         if mode != "token_truncate":
-            reader.lose("vllm_importance_sampling_mode", f"'{mode}' is not there; weights are truncated per token at {cap:g}")
+            reader.lose(
+                "vllm_importance_sampling_mode", f"'{mode}' is not there; weights are truncated per token at {cap:g}"
+            )
     for name, reason in {
         "delta": "no two-sided clip; dual_clip bounds the loss of negative advantages",
         "sync_ref_model": "no moving reference in this recipe; models={'ref': EMA(...)} makes one",
@@ -206,8 +268,16 @@ def _sft(reader: _Reader, out: dict[str, Any]) -> str:
 
 def _dpo(reader: _Reader, out: dict[str, Any]) -> str:
     _sft(reader, out)
-    for name in ("beta", "loss_type", "label_smoothing", "f_divergence_type", "loss_weights", "ld_alpha", "use_weighting",
-                 "precompute_ref_log_probs"):  # fmt: skip
+    for name in (
+        "beta",
+        "loss_type",
+        "label_smoothing",
+        "f_divergence_type",
+        "loss_weights",
+        "ld_alpha",
+        "use_weighting",
+        "precompute_ref_log_probs",
+    ):
         reader.take(name)
         reader.lose(name, "this version has no pair losses")
     return "sft"
@@ -219,7 +289,9 @@ def _training(reader: _Reader, out: dict[str, Any], kind: str) -> None:
         value = reader.take(theirs, rates[kind] if theirs == "learning_rate" else None)
         if value is not None:
             out[f"train.{ours}"] = float(value)
-    schedule = str(getattr(reader.take("lr_scheduler_type", "linear"), "value", reader.take("lr_scheduler_type", "linear")))
+    schedule = str(
+        getattr(reader.take("lr_scheduler_type", "linear"), "value", reader.take("lr_scheduler_type", "linear"))
+    )
     if schedule in _SCHEDULES:
         out["train.lr_scheduler"] = _SCHEDULES[schedule]
     else:

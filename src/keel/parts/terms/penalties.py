@@ -45,8 +45,11 @@ class Summand:
 
     def __post_init__(self) -> None:
         if self.where is not None and self.per is None:
-            raise MethodError(f"a summand confined to mask '{self.where}' must say what it is divided by", None,
-                              "Give per='batch' or per='where'.")  # fmt: skip
+            raise MethodError(
+                f"a summand confined to mask '{self.where}' must say what it is divided by",
+                None,
+                "Give per='batch' or per='where'.",
+            )
 
     @property
     def needs(self) -> tuple[Functional, ...]:

@@ -1,0 +1,341 @@
+"""A run from its first line to its last: its folder, its lock, its checkpoints, its measurements, how it ends."""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from keel.core.choice import counter_seed
+from keel.core.errors import ConfigError, KeelError, RunError
+from keel.core.policy import PolicyModel
+from keel.evaluate.evaluation import Evaluation
+from keel.models.language import LanguageModel
+from keel.models.load import checksum
+from keel.parts.rewards.worker import RewardTimeout
+from keel.report.run import write_report
+from keel.store.store import Store
+from keel.train.checkpoint import newest_sound, restore, save_checkpoint
+from keel.train.configuration import Configuration, differences
+from keel.train.measure import measure_policy
+from keel.train.online import run
+from keel.train.session import Reporter, Session, build_session, reward_functions, silent
+from keel.train.setup import IN_MEMORY, Setup, load_model
+
+
+class Stopped(KeelError):
+    """The run was told to stop; its checkpoint is written."""
+
+    exit_code = 143
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Args:
+        path: its folder.
+        model: the trained transformers model (with adapters, where there are some).
+        tokenizer: its tokenizer.
+        metrics: curves by name, (step, value).
+        summary: what `summary.json` holds.
+        evaluations: measured before and after.
+        config: the complete configuration.
+    """
+
+    path: Path
+    model: Any
+    tokenizer: Any
+    metrics: dict[str, list[tuple[int, float]]]
+    summary: dict[str, Any]
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    config: Configuration | None = None
+
+
+def execute(setup: Setup, runs: Path, *, resume: bool = False, report: Reporter = silent) -> Run:
+    """Run a setup to its end, in a folder of its own."""
+    config = setup.config
+    path = runs / config.name
+    finished = _finished(path) if resume else None
+    if path.exists() and not resume:
+        raise RunError("there is a run of that name", str(path), "Continue it with --resume, or choose another --name.")
+    if finished is not None:
+        _check_same(config, path)
+        report("note", {"text": f"{path} is finished"})
+        return _reopened(path, runs, config, finished, setup)
+    fresh = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    with _only_one(path), Store(runs / "keel.sqlite") as store:
+        try:
+            session = _open(setup, path, store, resume, report)
+        except BaseException:
+            if fresh:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        try:
+            return _carry_out(setup, session, report)
+        except KeyboardInterrupt:
+            _end(session, "stopped", save=True)
+            raise Stopped("stopped; continue with --resume", str(path)) from None
+        except RewardTimeout:
+            _end(session, "failed", save=True)
+            raise
+        except Stopped:
+            _end(session, "stopped", save=True)
+            raise
+        except Exception:
+            _end(session, "failed", save=False)
+            raise
+        finally:
+            session.close()
+
+
+def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter) -> Session:
+    """A session at the beginning, or at the newest sound checkpoint."""
+    config = setup.config
+    checkpoint = None
+    if resume:
+        if (path / "config.yaml").exists():
+            _check_same(config, path)
+        checkpoint, complaints = newest_sound(path)
+        for complaint in complaints:
+            report("warning", {"text": complaint})
+        if checkpoint is None:
+            report("note", {"text": f"{path} has no checkpoint: starting from the beginning"})
+        else:
+            report("note", {"text": f"continuing from {checkpoint}"})
+    start = load_model(config.model, setup.source, setup.tokenizer, config.seed)
+    initial = start
+    policy = start
+    if checkpoint is not None:
+        policy = load_model(config.model, checkpoint, None, config.seed, adapted=config.model.lora_rank > 0)
+    if checkpoint is None or not (path / "config.yaml").exists():
+        (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    _check_initial(path, initial, setup, fresh=checkpoint is None)
+    session = build_session(config, setup.task, policy, setup.rewards, initial if checkpoint is not None else None)
+    session.path, session.store, session.report = path, store, report
+    session.run_id = _run_id(store, config, resume)
+    if checkpoint is not None:
+        restore(session, checkpoint)
+    store.rewind(session.run_id, session.position.step)
+    return session
+
+
+def _carry_out(setup: Setup, session: Session, report: Reporter) -> Run:
+    config, store, run_id, path = session.config, session.store, session.run_id, session.path
+    assert store is not None and run_id is not None and path is not None
+    report("start", {"config": config, "session": session})
+    measured = {e.phase: Evaluation.from_json(e.evaluation) for e in store.evaluations(run_id)}
+    wanted = config.evaluate if session.rewards or config.method.kind == "supervised" else None
+    fresh = session.position.step == 0 and "before" not in measured
+    if wanted is not None and wanted.before and fresh and (found := _measure(session, setup, "before", report)):
+        measured["before"] = found
+    session.measure = lambda phase: _measure(session, setup, phase, report)
+    with _stop_on_signal(session), _tracked(session):
+        report(
+            "phase",
+            {"name": "train", "steps": config.train.max_steps, "start": session.position.step, "text": config.name},
+        )
+        run(session)
+    if session.position.step < config.train.max_steps:
+        raise Stopped(f"stopped at step {session.position.step}; continue with --resume", str(path))
+    save_checkpoint(session)
+    if wanted is not None and wanted.after and (found := _measure(session, setup, "after", report)) is not None:
+        measured["after"] = found
+    return _finish(session, measured, report)
+
+
+def _measure(session: Session, setup: Setup, phase: str, report: Reporter) -> Evaluation | None:
+    """An evaluation on held-out prompts, stored; None where there is nothing to measure with."""
+    config = session.config
+    rewards = session.rewards or reward_functions(config.task, session.task, setup.rewards)
+    if not rewards or not len(session.task.held_out):
+        return None
+    rollout = config.method.rollout
+    length = config.evaluate.max_completion_length or (
+        rollout.max_completion_length if rollout is not None else session.task.max_completion_length
+    )
+    count = min(config.evaluate.num_prompts, len(session.task.held_out))
+    report("phase", {"name": phase, "steps": count, "text": f"measuring {phase} training"})
+    reference: PolicyModel | None = session.sources.get("ref")
+    if reference is None and phase != "before" and setup.source is not session.policy.module:
+        reference = _initial_reference(setup, session)
+    evaluation = measure_policy(
+        session.policy,
+        session.task,
+        rewards,
+        config.evaluate,
+        encoder=session.encoder,
+        max_completion_length=length,
+        seed=counter_seed(config.seed, "evaluate"),
+        reference=session.policy if phase == "before" else reference,
+        generator=config.train.generator,
+        max_tokens=config.train.max_tokens,
+        progress=lambda done, total: report("progress", {"done": done, "total": total}),
+    )
+    assert session.store is not None and session.run_id is not None
+    session.store.log_evaluation(session.run_id, session.position.step, phase, evaluation.to_json())
+    report("evaluation", {"phase": phase, "evaluation": evaluation})
+    return evaluation
+
+
+def _initial_reference(setup: Setup, session: Session) -> LanguageModel | None:
+    """The model before training, for the KL of the last evaluation; one given in memory was trained in place."""
+    if not isinstance(setup.source, (str, Path)):
+        return None
+    model = load_model(session.config.model, setup.source, None, session.config.seed, adapted=None)
+    model.module.requires_grad_(False)
+    return model
+
+
+def _finish(session: Session, measured: dict[str, Evaluation], report: Reporter) -> Run:
+    config, store, run_id, path = session.config, session.store, session.run_id, session.path
+    assert store is not None and run_id is not None and path is not None
+    last = session.metrics[-1] if session.metrics else {}
+    summary = {
+        "name": config.name,
+        "recipe": config.recipe,
+        "status": "finished",
+        "steps": session.position.step,
+        "seconds": round(session.position.seconds, 3),
+        "num_tokens": session.position.tokens,
+        "checkpoint": str((path / f"checkpoint-{session.position.step}").name),
+        "checksum": checksum(session.policy.module),
+        "last": last,
+        **{phase: evaluation.to_json()["metrics"] for phase, evaluation in measured.items()},
+    }
+    store.finish(run_id, "finished", summary)
+    metrics = store.metrics(run_id)
+    write_report(path)
+    (path / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    report("done", {"summary": summary, "evaluations": measured, "path": path, "metrics": metrics})
+    return Run(path, session.policy.module, session.policy.tokenizer, metrics, summary, measured, config)
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("status") == "finished" else None
+
+
+def _check_same(config: Configuration, path: Path) -> None:
+    """Refuse to resume under another configuration; the differing keys are named."""
+    before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    now = yaml.safe_load(config.to_yaml())
+    found = differences(before, now)
+    if found:
+        raise RunError(
+            "the configuration has changed: " + "; ".join(found[:8]),
+            str(path),
+            "Resume with the same settings, or start a run of another name.",
+        )
+
+
+def _check_initial(path: Path, initial: LanguageModel, setup: Setup, fresh: bool) -> None:
+    """The reference of a resumed run must be the model that it began with."""
+    file = path / "initial.json"
+    found = checksum(initial.module)
+    if fresh:
+        file.write_text(
+            json.dumps(
+                {"path": str(setup.source) if isinstance(setup.source, (str, Path)) else IN_MEMORY, "checksum": found},
+                indent=1,
+            ),
+            encoding="utf-8",
+        )
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))["checksum"]
+    if before != found:
+        raise RunError(
+            "the initial model is not the one that this run began with", str(path), "Give the same --model, unchanged."
+        )
+
+
+def _reopened(path: Path, runs: Path, config: Configuration, summary: dict[str, Any], setup: Setup) -> Run:
+    checkpoint, _ = newest_sound(path)
+    if checkpoint is None:
+        raise RunError("the run is finished, but its checkpoint is gone", str(path))
+    model = load_model(config.model, checkpoint, None, config.seed, adapted=config.model.lora_rank > 0)
+    with Store(runs / "keel.sqlite", readonly=True) as store:
+        stored = store.run(config.name)
+        measured = {e.phase: Evaluation.from_json(e.evaluation) for e in store.evaluations(stored.id)}
+        metrics = store.metrics(stored.id)
+    return Run(path, model.module, model.tokenizer, metrics, summary, measured, config)
+
+
+def _run_id(store: Store, config: Configuration, resume: bool) -> int:
+    if resume:
+        with contextlib.suppress(RunError):
+            return store.run(config.name).id
+    task = config.task.name or config.task.data or IN_MEMORY
+    return store.create_run(
+        config.name, config.to_dict(), config.recipe or "custom", task, config.model.path, config.seed
+    )
+
+
+def _end(session: Session, status: str, save: bool) -> None:
+    """What can still be written when a run ends early."""
+    assert session.store is not None and session.run_id is not None
+    if save:
+        save_checkpoint(session)
+    with contextlib.suppress(KeelError):
+        session.store.finish(session.run_id, status, {"steps": session.position.step})
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Refuse a second process on the same run."""
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                "another process is working on this run", str(path), "Wait for it, or choose another --name."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _tracked(session: Session) -> Iterator[None]:
+    """Metrics go to the trackers of the configuration, through Accelerate."""
+    names = list(session.config.train.trackers)
+    if not names or session.path is None:
+        yield
+        return
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(log_with=names, project_dir=str(session.path), cpu=True)
+        accelerator.init_trackers("keel", config={"recipe": str(session.config.recipe), "seed": session.config.seed})
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error), "train.trackers", "Install it: pip install 'keel-rl[trackers]'.") from error
+    session.trackers.append(lambda metrics, step: accelerator.log(dict(metrics), step=step))
+    try:
+        yield
+    finally:
+        session.trackers.clear()
+        accelerator.end_training()
+
+
+@contextlib.contextmanager
+def _stop_on_signal(session: Session) -> Iterator[None]:
+    """SIGTERM ends the loop after the step in progress; the checkpoint is written then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told = threading.Event()
+    session.stopping = told.is_set
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,164 @@
+"""From what was asked for to what can run: configuration, task, rewards, and where the model is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from keel.core.errors import ConfigError, RunError
+from keel.method import Method
+from keel.models.adapters import LoRA
+from keel.models.language import LanguageModel
+from keel.models.load import load
+from keel.tasks.data import DataTask, load_data
+from keel.tasks.load import load_task
+from keel.tasks.task import Task
+from keel.train.base import ensure_base
+from keel.train.checkpoint import newest_sound
+from keel.train.configuration import TINY, Configuration, Request, read_file, resolve, settings_of_task
+from keel.train.session import Reporter, silent
+from keel.train.settings import ModelSettings, TaskSettings
+
+IN_MEMORY = "in memory"
+DEFAULT_TASK = "countdown"
+
+
+@dataclass
+class Setup:
+    """What stands before a run begins: configuration, task, and where the model is."""
+
+    config: Configuration
+    task: Task
+    source: Any  # a folder or hub name, or a model in memory
+    tokenizer: Any = None
+    rewards: Mapping[str, Any] | None = None
+
+
+def prepare_setup(
+    recipe: str | Method | None,
+    model: Any,
+    tokenizer: Any,
+    task: str | Task | None,
+    data: Any,
+    reward: Any,
+    *,
+    seed: int | None,
+    name: str | None,
+    config: str | Path | Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    report: Reporter = silent,
+) -> Setup:
+    """Resolve everything that can be resolved before the model is loaded."""
+    if task is not None and data is not None:
+        raise ConfigError("give either a task or data, not both", "data")
+    file = read_file(config) if isinstance(config, (str, Path)) else config
+    named, given = named_rewards(reward)
+    request = Request(
+        recipe=recipe,
+        values=settings,
+        file=file,
+        model=None if model is None else str(model) if isinstance(model, (str, Path)) else IN_MEMORY,
+        task=task if isinstance(task, str) or task is None else task.name,
+        data=None if data is None else str(data) if isinstance(data, (str, Path)) else IN_MEMORY,
+        rewards=named,
+        seed=seed,
+        name=name,
+    )
+    chosen = settings_of_task(request)
+    loaded = task if task is not None and not isinstance(task, str) else open_task(chosen, data, seed or 0)
+    resolved = resolve(request, loaded)
+    if resolved.task.name is None and resolved.task.data is None:
+        resolved = _with_default_task(resolved)
+    source: Any = model if resolved.model.path == IN_MEMORY else resolved.model.path
+    if resolved.model.path == TINY:
+        source = ensure_base(_base_task(loaded), report=report)
+    return Setup(resolved, loaded, source, tokenizer, given)
+
+
+def open_task(settings: TaskSettings, data: Any, seed: int) -> Task:
+    """The task of a configuration; countdown where none is named."""
+    if data is not None or settings.data is not None:
+        given = data if data is not None else settings.data
+        if given == IN_MEMORY:
+            raise RunError("its data were given in memory", "data", "Give the same data again.")
+        return load_data(given, settings.held_out, seed)
+    return load_task(settings.name or DEFAULT_TASK, **settings.options)
+
+
+def load_model(
+    settings: ModelSettings, source: Any, tokenizer: Any, seed: int, adapted: bool | None = False
+) -> LanguageModel:
+    """The policy as the settings say; `adapted`: `source` holds the adapter already, or, if None, none is wanted."""
+    lora = None
+    if settings.lora_rank and adapted is False:
+        options = {"target_modules": settings.lora_target_modules} if settings.lora_target_modules else {}
+        lora = LoRA(
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha or 2.0 * settings.lora_rank,
+            dropout=settings.lora_dropout,
+            **options,
+        )
+    return load(
+        source,
+        tokenizer,
+        dtype=settings.dtype,
+        autocast=settings.autocast,
+        device=settings.device,
+        lora=lora,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        trust_remote_code=settings.trust_remote_code,
+        seed=seed,
+    )
+
+
+def open_model(model: Any, task: Task, tokenizer: Any, device: str | None, report: Reporter = silent) -> LanguageModel:
+    """A model by `tiny`, folder, run folder or hub name, or in memory."""
+    if isinstance(model, LanguageModel):
+        return model
+    if model is None or model == TINY:
+        model = ensure_base(_base_task(task), report=report)
+    if isinstance(model, (str, Path)):
+        model = run_checkpoint(Path(model)) or model
+    return load(model, tokenizer, device=device)
+
+
+def run_checkpoint(path: Path) -> Path | None:
+    """The newest sound checkpoint of a run's folder; None if `path` is none."""
+    if not (path / "config.yaml").is_file():
+        return None
+    checkpoint, _ = newest_sound(path)
+    if checkpoint is None:
+        raise RunError("this run has no checkpoint", str(path))
+    return checkpoint
+
+
+def _with_default_task(config: Configuration) -> Configuration:
+    return replace(config, task=config.task.model_copy(update={"name": DEFAULT_TASK}))
+
+
+def _base_task(task: Task) -> Task:
+    """On what the built-in model was trained: the task itself, or countdown for one's own data."""
+    return load_task(DEFAULT_TASK) if isinstance(task, DataTask) else task
+
+
+def named_rewards(reward: Any) -> tuple[tuple[str, ...], dict[str, Any] | None]:
+    """What goes into the configuration as text, and the functions by name."""
+    if reward is None:
+        return (), None
+    if isinstance(reward, Mapping):
+        functions = dict(reward)
+    else:
+        listed = list(reward) if isinstance(reward, (list, tuple)) else [reward]
+        functions = {_reward_name(item): item for item in listed}
+        if len(functions) != len(listed):
+            raise ConfigError(
+                "two reward functions have the same name", "reward", "Give them by name, as a dictionary."
+            )
+    texts = tuple(item if isinstance(item, str) else f"{IN_MEMORY}:{name}" for name, item in functions.items())
+    return texts, functions
+
+
+def _reward_name(reward: Any) -> str:
+    if isinstance(reward, str):
+        return reward.rsplit(":", 1)[-1]
+    return getattr(reward, "__name__", type(reward).__name__)
