@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.parts.k8 import ALIKE, MASK, k8_rows
 
+from keel.core.aggregate import Groups
 from keel.core.rows import Rows, Stream, cat
 from keel.parts.advantages.group import (
     BatchCentre,
@@ -103,8 +104,12 @@ ESTIMATE = pytest.mark.parametrize(
 
 @ESTIMATE
 def test_tied_groups_have_exactly_no_advantage(chain):
-    rows = k8_rows().with_(reward=torch.tensor([[0.1]] * 4 + [[0.7]] * 4))  # 0.1 * 4 / 4 != 0.1 in floats
-    assert torch.equal(advantage(chain, rows), torch.zeros(8, 4))
+    """Though ten times 0.1, divided by ten, is not 0.1 in fp32."""
+    rows = k8_rows().select(torch.arange(20) % 8)
+    rows = rows.with_(reward=torch.tensor([[0.1]] * 10 + [[0.7]] * 10), group=torch.arange(20) // 10)
+    groups = Groups.of(rows)
+    assert bool((rows.reward[:, 0] - groups.broadcast(groups.mean(rows.reward[:, 0]))).any())
+    assert torch.equal(advantage(chain, rows), torch.zeros(20, 4))
 
 
 @ESTIMATE

@@ -90,6 +90,24 @@ def test_own_data_columns_reach_the_reward(train):
     assert run.metrics["rewards/reward/mean"][0][1] == pytest.approx(run.metrics["completions/mean_length"][0][1])
 
 
+def test_a_prompt_that_comes_twice_in_a_batch_is_answered_twice(train):
+    said = []
+
+    def reward(completions, **_):
+        said.append(list(completions))
+        return [float(len(c)) for c in completions]
+
+    train(
+        "grpo",
+        data=[{"prompt": "1 2 3>6="}, {"prompt": "1 2 4>7="}],
+        reward=reward,
+        name="twice",
+        max_steps=1,
+        **{"task.held_out": 0.5, "rollout.num_prompts": 2},
+    )
+    assert len(said[0]) == 16 and said[0][:8] != said[0][8:]
+
+
 def test_none_leaves_a_column_out_and_failures_leave_a_group_out(train):
     def sometimes(completions, **_):
         return [None if i % 2 else 1.0 for i in range(len(completions))]

@@ -139,7 +139,7 @@ def score_round(
     encoder = session.encoder
     ids = [encoder.prompt(example.prompt) for example in examples]
     step = position.step * session.config.train.max_rounds + rounds - 1
-    index = [example.index for example in examples]
+    index = distinct([example.index for example in examples])
     begun = time.monotonic()
     rows = session.generator.generate(
         ids, rollout.num_generations, rollout.sampling, seed=session.config.seed, step=step, data_index=index
@@ -167,9 +167,25 @@ def score_round(
             session.report(
                 "warning", {"text": f"reward '{name}' failed for {errors} groups, which are left out: {reason}"}
             )
-    rows = rows.with_(reward=scores.values.to(rows.device))
+    own = torch.tensor([example.index for example in owners], device=rows.device)
+    rows = rows.with_(reward=scores.values.to(rows.device), data_index=own)
     said: list[tuple[Text, str]] = [(e.prompt, text) for e, text in zip(owners, texts, strict=True)]
     return rows, said, scores.failed.to(rows.device), metrics
+
+
+def distinct(index: list[int]) -> list[int]:
+    """Numbers for the randomness of prompts: those of a prompt's further occurrences differ, so that they do not repeat
+    its completions.
+
+    >>> distinct([4, 7, 4])
+    [4, 7, 4294967300]
+    """
+    seen: dict[int, int] = {}
+    out = []
+    for number in index:
+        out.append(number + (seen.get(number, 0) << 32))
+        seen[number] = seen.get(number, 0) + 1
+    return out
 
 
 def _greedy(session: Session, ids: list[list[int]], step: int, index: list[int]) -> Rows:
