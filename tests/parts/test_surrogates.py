@@ -13,6 +13,7 @@ from keel.parts.weights.importance import TruncatedImportance
 from keel.rollouts.rollout import Rollout
 from keel.statistics.functionals import LogProb
 
+OLD = LogProb(of=("old",))
 MEAN, SEQUENCES = "token_mean", "sequence_mean_token_mean"
 LOSSES = {
     "reinforce": (k8_method(LogLikelihood()), -0.238000),
@@ -141,7 +142,8 @@ def test_importance_weights():
     for found, row in zip(tokens.tolist(), wanted, strict=True):
         assert found == pytest.approx(row + [1.0] * (4 - len(row)), abs=1e-12)
     assert float(masked_mean(tokens, rows)) == pytest.approx(1.129055, abs=ALIKE)
-    assert not tokens.requires_grad
+    learning = stats.merged({OLD: stats[OLD].clone().requires_grad_()})
+    assert not TruncatedImportance(2.0)(rows, learning).requires_grad
 
 
 def test_a_sampler_that_reports_nan_gets_weight_one():

@@ -1,5 +1,6 @@
 """What a method measures and when, what it refuses to combine, and how variants are made."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -95,6 +96,32 @@ def test_the_chain_runs_in_order():
     turned = method.replacing(advantage={"std": GroupStd(0.0), "centre": GroupCentre()})
     with pytest.raises(ValueError, match="put it after one that sets it"):
         turned.prepare(rows, Stats(), {})
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A weight that the live policy decides."""
+
+    needs = (LIVE,)
+    additive = True
+
+    def __call__(self, rows, stats):
+        return stats[LIVE].exp()
+
+
+def test_no_gradient_flows_through_a_weight():
+    """-pi sg'd times the ratio: the gradient of log pi = -2 is -e^-2 over the four tokens, not twice that."""
+    method = Method(
+        rollout=Rollout(),
+        advantage={"returns": Returns()},
+        surrogate=Surrogate(Clipped()),
+        weights={"likely": Likely()},
+    )
+    live = torch.full((2, 3), -2.0, dtype=torch.float64, requires_grad=True)
+    rows = method.prepare(ROWS.with_(reward=torch.ones(2, 1, dtype=torch.float64)), Stats(), {})
+    method.loss(rows, method.with_old(Stats({LIVE: live})), {}).backward()
+    wanted = -math.exp(-2) / 4 * ROWS.mask.double()
+    torch.testing.assert_close(live.grad, wanted, rtol=1e-12, atol=0)
 
 
 # -- memory and masks ------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from tests.worlds import recipe_cases
 
 from keel.core.errors import ConfigError
 from keel.method import Method
+from keel.parts.rewards.transforms import KLInReward
+from keel.parts.terms.penalties import SampledKL, Summand, VocabularyDivergence
 from keel.parts.terms.surrogate import CISPO, Clipped, Surrogate
 from keel.recipes.registry import recipe, recipe_named, recipes
 
@@ -51,6 +53,11 @@ def test_arguments_pass_on_to_the_baseline():
 
 
 def test_published_settings():
+    grpo = recipe_named("grpo")
+    assert grpo(beta=0.1).terms == {"kl": Summand(SampledKL("k3", with_ratio=True), 0.1)}
+    assert grpo(beta=0.1, kl="k2").terms == {"kl": Summand(SampledKL("k2"), 0.1)}
+    assert recipe_named("grpo_forward_kl")().terms == {"kl": Summand(VocabularyDivergence("kl_ref_policy"), 0.1)}
+    assert recipe_named("rloo")().transforms == {"kl": KLInReward(0.05, "k1")}
     assert recipe_named("dr_grpo")().aggregation.max_length == 256
     assert set(recipe_named("dr_grpo")().advantage) == {"centre"}
     assert recipe_named("gspo")().surrogate == Surrogate(Clipped(3e-4, 4e-4), "sequence")
