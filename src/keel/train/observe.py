@@ -52,7 +52,7 @@ def update_metrics(session: Any, rows: Rows, stats: Stats) -> dict[str, float]:
     if method.surrogate is not None:
         out |= method.surrogate.metrics(rows, stats)
     if "behaviour" in rows.logp and LogProb() in stats:
-        out |= sampler_metrics(rows, stats.get(LogProb(of=("old",)), stats[LogProb()]))
+        out |= sampler_metrics(rows, stats[LogProb()], stats[sampled_log_prob(method)])
     for name, value in method.contributions(rows, stats, session.states).items():
         out[f"terms/{name}"] = value
     return {name: float(value) for name, value in out.items()}
@@ -75,11 +75,23 @@ def kl_metrics(rows: Rows, stats: Stats) -> dict[str, Tensor]:
     return found
 
 
-def sampler_metrics(rows: Rows, old: Tensor) -> dict[str, Tensor]:
-    """Gap between sampler and trainer, mean |log old - log behaviour|, and the effective share of the weights."""
-    gap = torch.where(rows.mask, old - rows.logp["behaviour"], torch.zeros_like(old))
+def sampled_log_prob(method: Any) -> LogProb:
+    """The trainer's log-probability under the distribution that was sampled, filters included."""
+    return LogProb(transform=None if method.rollout is None else method.rollout.sampling.filter)
+
+
+def sampler_metrics(rows: Rows, log_prob: Tensor, sampled: Tensor) -> dict[str, Tensor]:
+    """How far sampler and trainer are apart, before the first update of a batch.
+
+    Args:
+        rows: with `logp["behaviour"]`.
+        log_prob: of the trainer, unfiltered; it gives the effective share of importance weights.
+        sampled: of the trainer, with the sampler's filters; it should equal the behaviour's.
+    """
+    behaviour, nothing = rows.logp["behaviour"], torch.zeros_like(log_prob)
+    gap = torch.where(rows.mask, sampled - behaviour, nothing)
+    ratios = torch.where(rows.mask, log_prob - behaviour, nothing).clamp(-20, 20).exp()
     weight = token_weight(rows)
-    ratios = gap.clamp(-20, 20).exp()
     first, second = (weight * ratios).sum(), (weight * ratios.square()).sum()
     return {
         "rollout/logp_gap": masked_mean(gap.abs(), rows),

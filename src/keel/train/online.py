@@ -29,7 +29,7 @@ from keel.statistics.stats import Stats
 from keel.tasks.task import Example, Text
 from keel.train.checkpoint import keep_batch, save_checkpoint
 from keel.train.encode import supervised_rows
-from keel.train.observe import batch_metrics, rollout_metrics, stored_rollouts, update_metrics
+from keel.train.observe import batch_metrics, rollout_metrics, sampled_log_prob, stored_rollouts, update_metrics
 from keel.train.session import Session
 
 PATIENCE = 3  # skipped updates in a row that end a run
@@ -319,7 +319,7 @@ def live_functionals(session: Session, frozen: Stats) -> list[Functional]:
         if functional.of == ("old",) and functional not in frozen:
             needs[replace(functional, of=("policy",))] = None  # type: ignore[type-var]
     if method.kind == "online":
-        needs |= {Entropy(): None, LogProb(): None}
+        needs |= {Entropy(): None, LogProb(): None, sampled_log_prob(method): None}
     return list(needs)
 
 
