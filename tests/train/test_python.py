@@ -185,6 +185,15 @@ def test_a_method_by_hand(train):
     assert run.summary["recipe"] is None and run.metrics["num_rows"][0][1] == 16
 
 
+def test_the_rewards_of_a_method_are_used(train):
+    from keel.parts.rewards.functions import ExactMatch
+
+    method = grpo(num_generations=4, max_completion_length=11).replacing(rewards={"exact": ExactMatch()})
+    data = [{"prompt": f"{n} 2 3>{n + 5}=", "answer": f"{n}+2+3"} for n in range(1, 20)]
+    run = train(method, data=data, name="exact", max_steps=1)
+    assert 0 <= run.metrics["rewards/exact/mean"][0][1] <= 1 and run.metrics["rewards/exact/errors"][0][1] == 0
+
+
 def test_evaluation_and_samples_depend_on_the_seed_alone(base):
     settings = {"task": "countdown", "num_prompts": 8, "num_generations": 4}
     one, two = (keel.evaluate(base, seed=1, **settings).to_json() for _ in range(2))

@@ -6,7 +6,7 @@ from typing import Any
 
 from keel.train.session import Reporter, silent
 
-SHOWN = ("reward", "entropy", "kl", "loss")
+SHOWN = ("reward", "entropy", "kl")  # of an online run; a supervised one shows its loss
 
 
 def default_reporter() -> Reporter:
@@ -31,25 +31,18 @@ class ProgressReporter:
 
     def __init__(self, completions: bool = True, width: int | None = None, force: bool = False):
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self.completions = completions
         self.console = Console(stderr=True, width=width, force_terminal=True if force else None)
+        whole = Column(no_wrap=True, min_width=7)
         self.bars = Progress(
-            TextColumn("{task.description:<28.28}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.description:<26.26}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=whole),
+            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, ratio=1)),
             console=self.console,
         )
         self.task: Any = None
@@ -68,7 +61,8 @@ class ProgressReporter:
     def on_step(self, facts: Mapping[str, Any]) -> None:
         """One batch further."""
         metrics = facts["metrics"]
-        said = "  ".join(f"{name} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
+        shown = SHOWN if "reward" in metrics else ("loss",)
+        said = "  ".join(f"{name} {metrics[name]:.3f}" for name in shown if name in metrics)
         self.bars.update(self.task, completed=facts["step"], said=said)
         for prompt, completion in facts["completions"] if self.completions else []:
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
