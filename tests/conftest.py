@@ -34,7 +34,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "KEEL_CACHE" not in os.environ:
     os.environ["KEEL_CACHE"] = tempfile.mkdtemp(prefix="keel-tests-")
-    atexit.register(shutil.rmtree, os.environ["KEEL_CACHE"], ignore_errors=True)
+    made_by = os.getpid()  # a forked child must not remove it
+    atexit.register(lambda: os.getpid() == made_by and shutil.rmtree(os.environ["KEEL_CACHE"], ignore_errors=True))
 
 torch.set_num_threads(1)
 settings.register_profile(

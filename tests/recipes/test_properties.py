@@ -15,6 +15,7 @@ from tests.worlds import (
     Outcome,
     assert_same,
     cases,
+    models_of,
     outcome,
     part_cases,
     polluted,
@@ -27,6 +28,7 @@ from keel.core.choice import generator
 from keel.method import Method
 from keel.parts.terms.penalties import Summand
 from keel.recipes.registry import _RECIPES, recipe, recipes
+from keel.statistics.engine import Engine
 from keel.statistics.functionals import LogProb
 
 EACH = pytest.mark.parametrize("case", cases(), ids=str)
@@ -38,10 +40,11 @@ def _reference(name: str) -> Outcome:
 
 
 def check_split(method: Method, reference: Outcome) -> None:
-    """Two passes over slices in chunks of two positions; and one pass where all parts are additive."""
-    assert_same(outcome(method, max_tokens=9, chunk_bytes=2 * 4 * 3, additive=False), reference)
+    """Two passes over slices in chunks of four positions; and one pass where all parts are additive."""
+    assert len(Engine(models_of(method), max_tokens=16).split(reference.rows)) > 1
+    assert_same(outcome(method, max_tokens=16, chunk_bytes=4 * 4 * 3, additive=False), reference)
     if method.additive:
-        assert_same(outcome(method, max_tokens=9, additive=True), reference)
+        assert_same(outcome(method, max_tokens=16, additive=True), reference)
 
 
 def check_padding(method: Method, reference: Outcome) -> None:
