@@ -90,6 +90,7 @@ def test_padding_is_masked_out_on_the_right_sides():
 def test_padding_never_cuts():
     same = full().padded(1, 1)
     assert same.prompt_ids.shape == (3, 4) and same.tokens.shape == (3, 5)
+    assert torch.equal(same.prompt_ids, full().prompt_ids) and torch.equal(same.tokens, full().tokens)
 
 
 def test_trim_undoes_padding():
@@ -98,6 +99,11 @@ def test_trim_undoes_padding():
     assert torch.equal(trimmed.prompt_mask, PROMPTS[:, 1:]) and torch.equal(trimmed.mask, MASK[:, :3])
     assert trimmed.advantage.shape == (3, 3, 2) and trimmed.logp["behaviour"].shape == (3, 3)
     assert trimmed.columns["values"].shape == (3, 3)
+    assert torch.equal(trimmed.prompt_ids, full().prompt_ids[:, 1:]) and torch.equal(
+        trimmed.tokens, full().tokens[:, :3]
+    )
+    assert torch.equal(trimmed.advantage, full().advantage[:, :3])
+    assert torch.equal(trimmed.logp["behaviour"], full().logp["behaviour"][:, :3])
 
 
 def test_trim_of_rows_without_tokens():

@@ -38,7 +38,8 @@ def states(model, rows, shares):
 
 
 def test_states_and_gradients_are_those_of_separate_sequences(model):
-    assert share_prompts(ROWS, 0) is not None
+    shared = share_prompts(ROWS, 0)
+    assert (shared.segment >= 0).sum(1).tolist() == [6 + 3 + 5 + 1, 4 + 4 + 2 + 5]  # each prompt once
     (one, gradients), (other, expected) = states(model, ROWS, True), states(model, ROWS, False)
     assert float((one - other).abs().max()) < 1e-5
     for name, gradient in expected.items():

@@ -1,3 +1,5 @@
+import ast
+import operator
 import re
 import time
 from fractions import Fraction
@@ -17,6 +19,9 @@ def task():
     return load_task("countdown")
 
 
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
 def value(text):
     """The value by the task's parser; None where there is none."""
     tree = parse(text)
@@ -27,9 +32,15 @@ def value(text):
 
 
 def python_value(text):
-    """The value by Python's own grammar, as an oracle."""
+    """The value of what Python's own grammar reads, as an oracle; nothing is executed."""
+
+    def fold(node):
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        return OPERATORS[type(node.op)](fold(node.left), fold(node.right))
+
     try:
-        return eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction})
+        return fold(ast.parse(text, mode="eval").body)
     except ZeroDivisionError:
         return None
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from keel.train.session import Reporter, silent
+from keel.train.session import Reporter
 
 SHOWN = ("reward", "entropy", "kl")  # of an online run; a supervised one shows its loss
 
@@ -111,6 +111,3 @@ class ProgressReporter:
 def _short(text: str, limit: int = 100) -> str:
     one_line = " ".join(text.split())
     return one_line if len(one_line) <= limit else one_line[: limit - 1] + "…"
-
-
-__all__ = ["ProgressReporter", "Reporter", "default_reporter", "plain_reporter", "silent"]
