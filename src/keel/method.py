@@ -35,19 +35,27 @@ part("aggregation")(Aggregation)
 @part("claim")
 @dataclass(frozen=True)
 class Claim:
-    """What a recipe means to optimise.
+    """What a recipe means to optimise, as its paper says it.
+
+        reward    E_pi[r] - beta D(pi, ref)
+        target    -D(pi, target)
+        data      -KL(data || pi)
 
     Args:
         objective: in one line, as the paper has it.
-        level: "sequence" or "state": over what the divergence is taken.
-        divergence: kl_policy_ref, kl_ref_policy, js ..., or None.
+        level: "sequence" or "state": over what the divergence is taken; per state, the visited states are held fixed.
+        divergence: a name that `f_divergence` reads, or None.
         beta: name of the recipe's argument that holds the coefficient.
+        form: which of the three.
+        invariant: changes that leave every update as it is: reward_shift, reward_scale.
     """
 
     objective: str
     level: Literal["sequence", "state"] = "sequence"
     divergence: str | None = None
     beta: str | None = None
+    form: Literal["reward", "target", "data"] = "reward"
+    invariant: tuple[str, ...] = ()
 
 
 @part("method")

@@ -1,0 +1,1 @@
+"""Methods held to their stated objectives, on worlds where the exact answer is known."""

@@ -1,0 +1,99 @@
+"""What methods claim to optimise, as functions of a tabular policy whose gradient and optimum are exact.
+
+    reward, sequence    E_pi[r] - beta D(pi(.|x), ref(.|x))
+    reward, state       E_pi[r] - beta E_old[ sum_t D(pi(.|s_t), ref(.|s_t)) ], old = pi where the method is on-policy
+    target              -D(pi(.|x), P(.|x)),   P the target
+    data                E_data[log pi] = -KL(data || pi) + constant
+
+each a mean over prompts. "Held" means that the gradient does not see how the policy changes which states are visited;
+such an objective has a gradient field, but is in general not the maximum of anything.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keel.divergences.family import FDivergence, f_divergence
+from keel.exact.space import TabularPolicy
+from keel.verify.world import World, sequence_log_probs
+
+Form = Literal["reward", "target", "data"]
+Level = Literal["sequence", "state"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective to be increased.
+
+    Args:
+        form: what stands against the divergence: a reward, nothing but a target, or data.
+        divergence: name of the divergence, or None.
+        level: over whole sequences, or per state with the visited states held fixed.
+        beta: its coefficient; with a target, that of the tilt.
+    """
+
+    form: Form = "reward"
+    divergence: str | None = None
+    level: Level = "sequence"
+    beta: float = 0.0
+
+    def __str__(self) -> str:
+        """In one line."""
+        if self.form == "data":
+            return "-KL(data || pi)"
+        if self.form == "target":
+            return f"-{self.divergence}(pi, target)"
+        if not self.divergence:
+            return "E[r]"
+        where = "sequences" if self.level == "sequence" else "states held"
+        return f"E[r] - {self.beta:g} {self.divergence}, {where}"
+
+    def value(self, policy: TabularPolicy, world: World) -> Float[Tensor, ""]:
+        """The objective, differentiable in the policy's table."""
+        if self.form == "data":
+            return (world.log_probs("data").exp() * sequence_log_probs(policy)).sum(1).mean()
+        if self.form == "target":
+            assert self.divergence is not None
+            return -f_divergence(self.divergence).value(sequence_log_probs(policy), self.target(world)).mean()
+        gain = (sequence_log_probs(policy).exp() * world.reward).sum(1).mean()
+        return gain - self.beta * self.distance(policy, world) if self.divergence else gain
+
+    def distance(self, policy: TabularPolicy, world: World) -> Float[Tensor, ""]:
+        """The divergence to the reference at this level."""
+        assert self.divergence is not None
+        kind = f_divergence(self.divergence)
+        if self.level == "sequence":
+            return kind.value(sequence_log_probs(policy), world.log_probs("ref")).mean()
+        return held_divergence(kind, policy, world)
+
+    def target(self, world: World) -> Float[Tensor, "Q S"]:
+        """log P: the reference tilted by the reward."""
+        return (world.log_probs("ref") + world.reward / self.beta).log_softmax(-1)
+
+    def gradient(self, world: World) -> Float[Tensor, "Q X V"]:
+        """The direction of steepest increase at the world's policy, in its logits."""
+        policy = world.table("policy")
+        (found,) = torch.autograd.grad(self.value(policy, world), policy.table)
+        return found
+
+
+def held_divergence(kind: FDivergence, policy: TabularPolicy, world: World) -> Float[Tensor, ""]:
+    """sum over visited states of D(pi(.|s), ref(.|s)), the visits held at the sampler's."""
+    ref, sampler = world.table("ref"), world.table("old")
+    total = torch.zeros((), dtype=torch.float64)
+    for prompt in range(world.space.prompts):
+        rows = world.space.rows(prompt)
+        visits = sampler.log_prob(rows).exp().detach()[:, None] * rows.mask
+        here = kind.value(policy.hidden(rows).log_softmax(-1), ref.hidden(rows).log_softmax(-1).detach())
+        total = total + (visits * here).sum()
+    return total / world.space.prompts
+
+
+def candidates(beta: float) -> tuple[Objective, ...]:
+    """The objectives that a loss may follow without saying so."""
+    kinds = ("kl_policy_ref", "kl_ref_policy", "js", "jeffreys", "chi2_policy_ref", "chi2_ref_policy", "hellinger")
+    regularised = [Objective("reward", kind, level, beta) for kind in kinds for level in ("sequence", "state")]
+    return (Objective("reward"), *regularised)
