@@ -47,6 +47,7 @@ class Claim:
         divergence: a name that `f_divergence` reads, or None.
         beta: name of the recipe's argument that holds the coefficient.
         form: which of the three.
+        target: name of the target distribution, where the form is one.
         invariant: changes that leave every update as it is: reward_shift, reward_scale.
     """
 
@@ -55,6 +56,7 @@ class Claim:
     divergence: str | None = None
     beta: str | None = None
     form: Literal["reward", "target", "data"] = "reward"
+    target: str | None = None
     invariant: tuple[str, ...] = ()
 
 

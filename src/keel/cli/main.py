@@ -137,6 +137,28 @@ def sample(
     print_samples(found, as_json)
 
 
+@app.command()
+def verify(
+    recipe: Annotated[list[str] | None, typer.Argument(help="Recipes, file.py:recipe, or file.py:loss.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every recipe.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Add fixed points, variance, larger groups, precision.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 unless everything holds.")] = False,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Hold methods to their stated objectives on worlds where the exact answer is known."""
+    from keel.cli.verify import run_verify
+    from keel.core.errors import ConfigError
+
+    if not recipe and not everything:
+        raise ConfigError("name a recipe, or give --all", "verify", "For example: keel verify grpo rloo.")
+    if recipe and everything:
+        raise ConfigError("give names or --all, not both", "verify")
+    holds = run_verify(recipe or [], everything, full, pairs(set_), as_json)
+    if strict and not holds:
+        raise typer.Exit(1)
+
+
 @methods_app.callback()
 def methods(context: typer.Context, as_json: Json = False) -> None:
     """List the recipes."""

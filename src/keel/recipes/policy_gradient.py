@@ -193,7 +193,7 @@ def grpo(
         weights={} if importance_cap is None else {"importance": TruncatedImportance(importance_cap)},
         terms={**_loss_kl(beta, kl), **_entropy(entropy_coef)},
         models={"ref": Initial()} if beta else {},
-        claim=_loss_kl_claim(beta, kl),
+        claim=_loss_kl_claim(beta, kl, scale_rewards),
     )
 
 
@@ -344,11 +344,13 @@ def _loss_kl(beta: float, kl: str) -> dict[str, Summand]:
     return {"kl": Summand(SampledKL(kl.removesuffix("_ratio"), with_ratio=kl.endswith("_ratio")), beta)}
 
 
-def _loss_kl_claim(beta: float, kl: str) -> Claim:
+def _loss_kl_claim(beta: float, kl: str, scale_rewards: str) -> Claim:
+    invariant = ("reward_shift",) if scale_rewards == "none" else ("reward_shift", "reward_scale")
     if not beta:
-        return Claim("E_pi[r]")
-    kind = {"k1": None, "k2": "kl_policy_ref", "k3": "kl_ref_policy", "k3_ratio": "kl_policy_ref"}.get(kl, kl)
-    return Claim(f"E_pi[r] - beta E_states[{kind or 'nothing'}], the states held fixed", "state", kind, "beta")
+        return Claim(REWARD, invariant=invariant)
+    kind = "kl_policy_ref" if kl.startswith("k") and not kl.startswith("kl_ref") else kl
+    name = {"kl_policy_ref": "KL(pi || ref)", "kl_ref_policy": "KL(ref || pi)", "js": "JS(pi, ref)"}[kind]
+    return Claim(f"E_pi[r] - beta {name} per state", "state", kind, "beta", invariant=invariant)
 
 
 def _entropy(coef: float) -> dict[str, Summand]:

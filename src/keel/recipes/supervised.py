@@ -19,5 +19,5 @@ def sft(aggregation: Mode = "token_mean") -> Method:
         kind="supervised",
         aggregation=Aggregation(aggregation),
         terms={"nll": Summand(NegativeLogLikelihood(), 1.0)},
-        claim=Claim("KL(data || pi)", "sequence"),
+        claim=Claim("-KL(data || pi)", form="data"),
     )

@@ -9,19 +9,30 @@ each a mean over prompts. "Held" means that the gradient does not see how the po
 such an objective has a gradient field, but is in general not the maximum of anything.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from keel.divergences.family import FDivergence, f_divergence
+from keel.exact.optima import optimum
 from keel.exact.space import TabularPolicy
+from keel.verify.fixed_point import fixed_point
 from keel.verify.world import World, sequence_log_probs
 
 Form = Literal["reward", "target", "data"]
 Level = Literal["sequence", "state"]
+
+
+def _tilt(world: World, objective: "Objective") -> Tensor:
+    return (world.log_probs("ref") + world.reward / objective.beta).log_softmax(-1)
+
+
+TARGETS: dict[str, Callable[[World, "Objective"], Tensor]] = {"tilt": _tilt}
 
 
 @dataclass(frozen=True)
@@ -33,12 +44,16 @@ class Objective:
         divergence: name of the divergence, or None.
         level: over whole sequences, or per state with the visited states held fixed.
         beta: its coefficient; with a target, that of the tilt.
+        target: name of the target distribution, one of `TARGETS`.
+        settings: arguments of the recipe, which a target may read.
     """
 
     form: Form = "reward"
     divergence: str | None = None
     level: Level = "sequence"
     beta: float = 0.0
+    target: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         """In one line."""
@@ -57,7 +72,7 @@ class Objective:
             return (world.log_probs("data").exp() * sequence_log_probs(policy)).sum(1).mean()
         if self.form == "target":
             assert self.divergence is not None
-            return -f_divergence(self.divergence).value(sequence_log_probs(policy), self.target(world)).mean()
+            return -f_divergence(self.divergence).value(sequence_log_probs(policy), self.target_log_probs(world)).mean()
         gain = (sequence_log_probs(policy).exp() * world.reward).sum(1).mean()
         return gain - self.beta * self.distance(policy, world) if self.divergence else gain
 
@@ -69,9 +84,23 @@ class Objective:
             return kind.value(sequence_log_probs(policy), world.log_probs("ref")).mean()
         return held_divergence(kind, policy, world)
 
-    def target(self, world: World) -> Float[Tensor, "Q S"]:
-        """log P: the reference tilted by the reward."""
-        return (world.log_probs("ref") + world.reward / self.beta).log_softmax(-1)
+    def target_log_probs(self, world: World) -> Float[Tensor, "Q S"]:
+        """log P, by the target's definition."""
+        assert self.target is not None
+        return TARGETS[self.target](world, self)
+
+    def optimum(self, world: World) -> Float[Tensor, "Q S"]:
+        """log-probabilities of the best policy; of a held objective, of the point where its own field rests."""
+        if self.form == "data":
+            return world.log_probs("data")
+        if self.form == "target":
+            return self.target_log_probs(world)
+        if not self.divergence:
+            best = world.reward >= world.reward.amax(1, keepdim=True)
+            return world.log_probs("ref").masked_fill(~best, -math.inf).log_softmax(-1)
+        if self.level == "sequence":
+            return optimum(world.reward, world.log_probs("ref"), self.beta, f_divergence(self.divergence)).log_prob
+        return fixed_point(self.gradient, world, self)
 
     def gradient(self, world: World) -> Float[Tensor, "Q X V"]:
         """The direction of steepest increase at the world's policy, in its logits."""

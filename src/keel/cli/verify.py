@@ -1,0 +1,80 @@
+"""What `keel verify` prints."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from keel.cli.show import print_json
+from keel.verify.entry import verify
+from keel.verify.recipes import HOLDS, Verification
+
+STYLE = {"holds": "green", "falls short": "yellow", "no objective": "dim"}
+
+
+def run_verify(names: Sequence[str], everything: bool, full: bool, arguments: Mapping[str, Any], as_json: bool) -> bool:
+    """Verify recipes and print what was found; whether all that claim an objective hold it."""
+    console = Console(stderr=True)
+    told = None if as_json or not sys.stderr.isatty() else lambda found: console.print(f"  {label(found)}", style="dim")
+    found = verify(None if everything else list(names), full=full, arguments=arguments, told=told)
+    if as_json:
+        print_json([plain(one) for one in found])
+    else:
+        Console().print(table(found, full))
+        for one in found:
+            for reason in one.reasons:
+                print(f"{label(one)}: {reason}")
+    return all(one.status == HOLDS for one in found)
+
+
+def plain(found: Verification) -> dict[str, Any]:
+    """Values for JSON, in which a number that was not measured is null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, float) and not abs(value) < float("inf"):
+            return None
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    return clean(found.to_dict())
+
+
+def label(found: Verification) -> str:
+    """The recipe with the arguments that are not its defaults."""
+    given = ", ".join(f"{key}={value}" for key, value in found.arguments.items())
+    return f"{found.recipe}({given})" if given else found.recipe
+
+
+def table(found: Sequence[Verification], full: bool) -> Table:
+    """One line for each recipe."""
+    out = Table(box=None, pad_edge=False, header_style="bold")
+    out.add_column("recipe", overflow="fold")
+    for name in ("error", "cosine", "off-policy", "groups"):
+        out.add_column(name, justify="right", no_wrap=True)
+    if full:
+        out.add_column("fixed point", justify="right", no_wrap=True)
+    out.add_column("status", no_wrap=True)
+    out.add_column("objective", overflow="fold")
+    for one in found:
+        cells = [escape(label(one)), *numbers(one)]
+        if full:
+            cells.append(_share(one.fixed_point_tv))
+        out.add_row(*cells, f"[{STYLE[one.status]}]{one.status}[/]", escape(one.objective))
+    return out
+
+
+def numbers(found: Verification) -> list[str]:
+    """Gradient error, cosine, off-policy error, and the error in groups."""
+    groups = f"{_share(found.groups[-1].relative_error)} (G={found.groups[-1].size})" if found.groups else ""
+    cosine = "" if found.cosine is None else f"{found.cosine:.4f}"
+    return [_share(found.gradient_relative_error), cosine, _share(found.off_policy_relative_error), groups]
+
+
+def _share(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "0" if value < 1e-6 else f"{value:.3g}"

@@ -1,0 +1,1 @@
+"""What distribution a method aims at, apart from how it gets there."""

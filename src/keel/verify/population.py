@@ -1,0 +1,147 @@
+"""The expected update of a method: every sequence, or group, at its probability, through the method's own code."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keel.core.rows import Rows, Stream, cat
+from keel.exact.space import TabularPolicy
+from keel.method import Method
+from keel.parts.advantages.stream import discounted_sum, reward_stream
+from keel.statistics.engine import Engine
+from keel.statistics.functionals import Functional, LogProb, Value
+from keel.statistics.stats import Stats
+from keel.verify.world import World
+
+EVERYTHING = 1 << 30  # tokens: one micro-batch
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What one step of a method does in a world.
+
+    Args:
+        direction: minus the gradient of the loss in the policy's logits, [Q, X, V].
+        loss: its value.
+    """
+
+    direction: Float[Tensor, "Q X V"]
+    loss: float
+
+
+def expected_update(
+    method: Method, world: World, rows: Rows | None = None, dtype: torch.dtype = torch.float64
+) -> Update:
+    """The step that a method takes on a batch; by default on every sequence at its probability under the sampler.
+
+    Critics know the exact value of every state, so that an advantage is held to its formula and not to a fit.
+
+    Args:
+        rows: another batch of this world, with rewards.
+        dtype: of the policies' logits.
+
+    Raises:
+        ValueError: the rows of this kind of method do not come from a world.
+    """
+    if method.kind not in ("online", "supervised"):
+        raise ValueError(f"methods of kind '{method.kind}' have no rows in this world")
+    batch = batch_for(method, world) if rows is None else rows
+    models = {name: world.table(name, dtype) for name in ("policy", "old", *method.models)}
+    temperature = method.rollout.temperature if method.rollout is not None else 1.0
+    before = _engine({**models, "policy": models["old"]}, temperature)
+    needs = method.frozen_needs(several_updates=True)
+    frozen = before.measure([f for f in needs if not isinstance(f, Value)], batch, alias={"old": "policy"})
+    values = _exact_values(method, world, batch, frozen)
+    frozen = frozen.merged({f: values for f in {*needs, *method.update_needs()} if isinstance(f, Value)})
+    states = method.initial_states()
+    if method.kind == "online":
+        batch = method.prepare(batch, frozen, states)
+    main = batch.main.nonzero().flatten()
+    batch, frozen = batch.select(main), frozen.select(main)
+    live = [f for f in _live(method, frozen) if not isinstance(f, Value)]
+    engine = _engine(models, temperature)
+    loss, _ = engine.step(live, batch, frozen, partial(_loss, method, states), additive=False)
+    grad = models["policy"].table.grad
+    table = models["policy"].table
+    return Update(torch.zeros_like(table).detach() if grad is None else -grad.double(), float(loss))
+
+
+def batch_for(method: Method, world: World) -> Rows:
+    """The rows that a method of this kind learns from, enumerated."""
+    if method.kind == "supervised":
+        return world.rows("data").with_(reward=None)
+    rows = world.rows("old")
+    rows = rows.with_(logp={"behaviour": _token_log_probs(world.table("old"), rows)})
+    return with_greedy(method, world, rows)
+
+
+def _engine(models: dict[str, TabularPolicy], temperature: float) -> Engine:
+    return Engine(dict(models), {}, temperature=temperature, max_tokens=EVERYTHING)
+
+
+def _loss(method: Method, states: dict, rows: Rows, stats: Stats) -> Tensor:
+    return method.loss(rows, method.with_old(stats), states)
+
+
+def _live(method: Method, frozen: Stats) -> list[Functional]:
+    standing_in = [f for f in method.update_needs() if f.of == ("old",) and f not in frozen]
+    swapped = [dataclasses.replace(f, of=("policy",)) for f in standing_in]  # type: ignore[type-var]
+    return list(dict.fromkeys([*method.live_needs(), *swapped]))
+
+
+def _exact_values(method: Method, world: World, rows: Rows, frozen: Stats) -> Float[Tensor, "B T"]:
+    """The expected reward-to-go of the state before each token, under the sampler; zeros where nothing reads values."""
+    if not method.heads or method.kind != "online":
+        return torch.zeros(rows.tokens.shape, dtype=torch.float64)
+    before = Method(rollout=method.rollout, transforms=method.transforms, models=method.models)
+    seen = before.prepare(rows, frozen, before.initial_states())
+    to_go = discounted_sum(reward_stream(seen), seen.mask, 1.0)
+    space = world.space
+    state = rows.prompt_ids[:, -1:] * space.prefixes + space.prefix_index(rows.tokens)
+    weight = torch.where(rows.mask & rows.main[:, None], rows.weight[:, None].expand_as(to_go), 0.0)
+    visits = weight.new_zeros(space.prompts * space.prefixes).index_add(0, state.flatten(), weight.flatten())
+    total = torch.zeros_like(visits).index_add(0, state.flatten(), (weight * to_go).flatten())
+    mean = torch.where(visits > 0, total / visits.clamp(min=torch.finfo(visits.dtype).tiny), 0.0)
+    return mean[state] * rows.mask
+
+
+def _token_log_probs(policy: TabularPolicy, rows: Rows) -> Float[Tensor, "B T"]:
+    needed = LogProb()
+    return Engine({"policy": policy}, {}, max_tokens=EVERYTHING).measure([needed], rows)[needed]
+
+
+def with_greedy(method: Method, world: World, rows: Rows) -> Rows:
+    """The rows with the greedy completion of each group beside them, where the method's rollout adds one."""
+    if method.rollout is None or not method.rollout.greedy_baseline:
+        return rows
+    ids, place = rows.group.unique(return_inverse=True)
+    first = torch.full_like(ids, len(rows)).scatter_reduce(0, place, torch.arange(len(rows)), "amin")
+    prompts = rows.prompt_ids[first, -1]
+    everything = world.rows("old").with_(logp={"behaviour": _token_log_probs(world.table("old"), world.rows("old"))})
+    best = torch.tensor([_greedy(world, everything, int(prompt)) for prompt in prompts])
+    chosen = everything.select(best)
+    zero = torch.zeros_like(chosen.weight)
+    return cat(
+        [
+            rows,
+            chosen.with_(
+                group=ids, stream=torch.full_like(chosen.stream, int(Stream.BASELINE)), weight=zero, exact=rows.exact
+            ),
+        ]
+    )
+
+
+def _greedy(world: World, rows: Rows, prompt: int) -> int:
+    """Place of the sequence that takes the likeliest token at every step."""
+    space, table = world.space, world.old
+    tokens = torch.zeros(1, space.horizon, dtype=torch.long)
+    for t in range(space.horizon):
+        tokens[0, t] = table[prompt, space.prefix_index(tokens)[0, t]].argmax()
+        if space.eos is not None and int(tokens[0, t]) == space.eos:
+            break
+    same = (rows.tokens == tokens).all(1) & (rows.prompt_ids[:, -1] == prompt)
+    return int(same.nonzero()[0, 0])
