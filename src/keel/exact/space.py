@@ -1,6 +1,7 @@
 """All sequences of a small vocabulary, and a policy that is a table."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +42,10 @@ class SequenceSpace:
         return sum(self.vocab**t for t in range(self.horizon))
 
     def sequences(self) -> tuple[Int[Tensor, "S T"], Int[Tensor, "S"]]:
-        """All complete sequences (0 after the end) with their lengths."""
+        """All complete sequences (0 after the end) with their lengths; made once, not to be changed in place."""
+        return _sequences(self)
+
+    def _enumerate(self) -> tuple[Int[Tensor, "S T"], Int[Tensor, "S"]]:
         grid = torch.cartesian_prod(*[torch.arange(self.vocab)] * self.horizon).reshape(-1, self.horizon)
         if self.eos is not None:
             after_end = ((grid == self.eos).cumsum(1) - (grid == self.eos).long()) > 0
@@ -56,7 +60,10 @@ class SequenceSpace:
         return torch.where(ended.any(1), ended.int().argmax(1) + 1, full)
 
     def rows(self, prompt: int = 0) -> Rows:
-        """Every sequence of a prompt as a row of one group; the weights are left at 1 (see `weighted`)."""
+        """Every sequence of a prompt as a row of one group, made once; the weights are left at 1 (see `weighted`)."""
+        return _rows(self, prompt)
+
+    def _build(self, prompt: int) -> Rows:
         tokens, lengths = self.sequences()
         mask = torch.arange(self.horizon) < lengths[:, None]
         ended = mask.new_zeros(len(tokens)) if self.eos is None else (tokens == self.eos).any(1)
@@ -80,6 +87,16 @@ class SequenceSpace:
             start += self.vocab**t
             code = code * self.vocab + tokens[:, t]
         return before
+
+
+@cache
+def _sequences(space: SequenceSpace) -> tuple[Int[Tensor, "S T"], Int[Tensor, "S"]]:
+    return space._enumerate()
+
+
+@cache
+def _rows(space: SequenceSpace, prompt: int) -> Rows:
+    return space._build(prompt)
 
 
 class TabularPolicy(nn.Module):

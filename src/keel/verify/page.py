@@ -41,7 +41,7 @@ PLACEMENT_TEXT = f"""## Where the KL term stands
 
 The same policy gradient with the same KL(pi || ref) at beta = {BETA:g}, placed where libraries place it, held to
 E[r] - beta KL(pi || ref) of whole sequences ({SPACE.horizon} tokens from {SPACE.vocab} symbols; medians over seven
-worlds, the band from the smallest to the largest).
+worlds).
 
 ![Gradient error against distance from the reference](verification.svg)
 
@@ -85,13 +85,10 @@ def figure(points: Sequence[Point], path: Path) -> None:
             line = [p for p in points if p.placement == name and p.on_policy is on_policy]
             x = [p.distance for p in line]
             axis.plot(x, [100 * p.error for p in line], dash, color=colour, label=name, linewidth=2)
-            axis.fill_between(
-                x, [100 * p.low for p in line], [100 * p.high for p in line], color=colour, alpha=0.06, linewidth=0
-            )
         axis.set_xscale("log")
         axis.set_xticks([0.01, 0.1, 1.0], ["0.01", "0.1", "1"])
         axis.set_xlim(DISTANCES[0], DISTANCES[-1])
-        axis.set_ylim(-2, 80)
+        axis.set_ylim(-2, 62)
         axis.set_title("on-policy" if on_policy else "off-policy", loc="left", fontsize=11)
         axis.set_xlabel("distance from the reference (standard deviation of the logits)")
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,6 @@
 """Where the KL term stands decides what is optimised: each placement held to E_pi[r] - beta KL(pi || ref)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from keel.core.aggregate import Aggregation
@@ -76,12 +76,12 @@ class Point:
     high: float
 
 
-def sweep(beta: float = 0.5, seeds: int = 7) -> list[Point]:
+def sweep(beta: float = 0.5, seeds: int = 7, distances: Sequence[float] = DISTANCES) -> list[Point]:
     """Gradient error of every placement against the distance from the reference, on- and off-policy."""
     wanted = Objective("reward", "kl_policy_ref", "sequence", beta)
     points = []
     for on_policy in (True, False):
-        for distance in DISTANCES:
+        for distance in distances:
             worlds = [
                 random_world(SPACE, f"placement {seed}", distance=distance, staleness=0.0 if on_policy else STALENESS)
                 for seed in range(seeds)
