@@ -54,7 +54,8 @@ bench: install  ## run the benchmarks
 	@test -f benchmarks/__main__.py || { echo "There are no benchmarks: benchmarks/__main__.py is missing." >&2; exit 1; }
 	$(BIN)/python -m benchmarks
 
-docs: $(VENV)/.installed-docs  ## build the documentation into site/
+docs: $(VENV)/.installed-docs  ## verify all recipes, write what was found, build the documentation into site/
+	OMP_NUM_THREADS=1 $(BIN)/python -m keel.verify.page docs
 	$(BIN)/mkdocs build --strict
 
 dist: install  ## build the wheel into dist/ and try it in an empty virtual environment

@@ -18,7 +18,7 @@ STYLE = {"holds": "green", "falls short": "yellow", "no objective": "dim"}
 def run_verify(names: Sequence[str], everything: bool, full: bool, arguments: Mapping[str, Any], as_json: bool) -> bool:
     """Verify recipes and print what was found; whether all that claim an objective hold it."""
     console = Console(stderr=True)
-    told = None if as_json or not sys.stderr.isatty() else lambda found: console.print(f"  {label(found)}", style="dim")
+    told = None if as_json or not sys.stderr.isatty() else lambda found: console.print(f"  {found.label}", style="dim")
     found = verify(None if everything else list(names), full=full, arguments=arguments, told=told)
     if as_json:
         print_json([plain(one) for one in found])
@@ -26,7 +26,7 @@ def run_verify(names: Sequence[str], everything: bool, full: bool, arguments: Ma
         Console().print(table(found, full))
         for one in found:
             for reason in one.reasons:
-                print(f"{label(one)}: {reason}")
+                print(f"{one.label}: {reason}")
     return all(one.status == HOLDS for one in found)
 
 
@@ -43,12 +43,6 @@ def plain(found: Verification) -> dict[str, Any]:
     return clean(found.to_dict())
 
 
-def label(found: Verification) -> str:
-    """The recipe with the arguments that are not its defaults."""
-    given = ", ".join(f"{key}={value}" for key, value in found.arguments.items())
-    return f"{found.recipe}({given})" if given else found.recipe
-
-
 def table(found: Sequence[Verification], full: bool) -> Table:
     """One line for each recipe."""
     out = Table(box=None, pad_edge=False, header_style="bold")
@@ -60,7 +54,7 @@ def table(found: Sequence[Verification], full: bool) -> Table:
     out.add_column("status", no_wrap=True)
     out.add_column("objective", overflow="fold")
     for one in found:
-        cells = [escape(label(one)), *numbers(one)]
+        cells = [escape(one.label), *numbers(one)]
         if full:
             cells.append(_share(one.fixed_point_tv))
         out.add_row(*cells, f"[{STYLE[one.status]}]{one.status}[/]", escape(one.objective))

@@ -16,7 +16,21 @@ from keel.parts.weights.importance import TruncatedImportance
 from keel.recipes.registry import recipe
 from keel.rollouts.rollout import Rollout
 
-KLPlacement = Literal["k1", "k2", "k3", "k3_ratio", "kl_policy_ref", "kl_ref_policy", "js"]
+KLPlacement = Literal[
+    "k1",
+    "k2",
+    "k3",
+    "k3_ratio",
+    "kl_policy_ref",
+    "kl_ref_policy",
+    "js",
+    "jeffreys",
+    "chi2_policy_ref",
+    "chi2_ref_policy",
+    "hellinger",
+    "tv",
+]
+ESTIMATED = ("k1", "k2", "k3", "k3_ratio")  # from the sampled token; the others sum over the vocabulary
 REWARD = "E_pi[r]"
 REWARD_KL = "E_pi[r] - beta KL(pi || ref), sequences"
 
@@ -166,7 +180,7 @@ def grpo(
     Args:
         beta: coefficient of the KL to the reference, in the loss; 0 loads no reference.
         kl: form of that KL. Sampled: k1 (no gradient), k2, k3, k3_ratio (k3 times the ratio, as in TRL). Over the whole
-            vocabulary: kl_policy_ref, kl_ref_policy, js.
+            vocabulary: any divergence, kl_policy_ref, kl_ref_policy, js, chi2_policy_ref ...
         epsilon, epsilon_high: clip range below and above 1.
         dual_clip: c of the dual clip.
         num_generations: the group size.
@@ -339,17 +353,18 @@ def _with_reward_kl(method: Method, beta: float) -> Method:
 def _loss_kl(beta: float, kl: str) -> dict[str, Summand]:
     if not beta:
         return {}
-    if kl in ("kl_policy_ref", "kl_ref_policy", "js"):
+    if kl not in ESTIMATED:
         return {"kl": Summand(VocabularyDivergence(kl), beta)}
-    return {"kl": Summand(SampledKL(kl.removesuffix("_ratio"), with_ratio=kl.endswith("_ratio")), beta)}
+    ratio: Literal["none", "differentiable"] = "differentiable" if kl.endswith("_ratio") else "none"
+    return {"kl": Summand(SampledKL(kl.removesuffix("_ratio"), ratio=ratio), beta)}
 
 
 def _loss_kl_claim(beta: float, kl: str, scale_rewards: str) -> Claim:
     invariant = ("reward_shift",) if scale_rewards == "none" else ("reward_shift", "reward_scale")
     if not beta:
         return Claim(REWARD, invariant=invariant)
-    kind = "kl_policy_ref" if kl.startswith("k") and not kl.startswith("kl_ref") else kl
-    name = {"kl_policy_ref": "KL(pi || ref)", "kl_ref_policy": "KL(ref || pi)", "js": "JS(pi, ref)"}[kind]
+    kind = "kl_policy_ref" if kl in ESTIMATED else kl
+    name = {"kl_policy_ref": "KL(pi || ref)", "kl_ref_policy": "KL(ref || pi)"}.get(kind, f"{kind}(pi, ref)")
     return Claim(f"E_pi[r] - beta {name} per state", "state", kind, "beta", invariant=invariant)
 
 

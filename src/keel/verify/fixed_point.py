@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keel.verify.world import World, sequence_log_probs
+from keel.verify.world import World
 
 
 class Regularised(Protocol):
@@ -29,8 +29,8 @@ STILL = 1e-10  # largest change of a probability that counts as rest
 REACH = 40.0  # logits farther than this below the largest hold no mass that matters
 
 
-def fixed_point(field: Field, world: World, objective: Regularised) -> Float[Tensor, "Q S"]:
-    """log-probabilities of the sequences where the update vanishes, reached from the reference.
+def fixed_point(field: Field, world: World, objective: Regularised) -> World:
+    """The world with the policy at which the update vanishes, reached from the reference.
 
     The field is followed along the natural gradient of the tabular softmax,
 
@@ -57,7 +57,7 @@ def fixed_point(field: Field, world: World, objective: Regularised) -> Float[Ten
         logits, before = moved, direction
         if change < STILL:
             break
-    return sequence_log_probs(world.at(logits).table()).detach()
+    return world.at(logits)
 
 
 def natural_gradient(gradient: Float[Tensor, "Q X V"], world: World) -> Float[Tensor, "Q X V"]:

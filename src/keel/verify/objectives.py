@@ -21,18 +21,15 @@ from torch import Tensor
 from keel.divergences.family import FDivergence, f_divergence
 from keel.exact.optima import optimum
 from keel.exact.space import TabularPolicy
+from keel.targets import target as targets
+from keel.targets.curated import curated
+from keel.targets.moments import fit_multipliers
+from keel.targets.target import Target
 from keel.verify.fixed_point import fixed_point
 from keel.verify.world import World, sequence_log_probs
 
 Form = Literal["reward", "target", "data"]
 Level = Literal["sequence", "state"]
-
-
-def _tilt(world: World, objective: "Objective") -> Tensor:
-    return (world.log_probs("ref") + world.reward / objective.beta).log_softmax(-1)
-
-
-TARGETS: dict[str, Callable[[World, "Objective"], Tensor]] = {"tilt": _tilt}
 
 
 @dataclass(frozen=True)
@@ -85,9 +82,12 @@ class Objective:
         return held_divergence(kind, policy, world)
 
     def target_log_probs(self, world: World) -> Float[Tensor, "Q S"]:
-        """log P, by the target's definition."""
-        assert self.target is not None
-        return TARGETS[self.target](world, self)
+        """log P, by the target's definition.
+
+        Raises:
+            KeyError: there is no target of that name.
+        """
+        return TARGETS[str(self.target)](world, self).log_prob()
 
     def optimum(self, world: World) -> Float[Tensor, "Q S"]:
         """log-probabilities of the best policy; of a held objective, of the point where its own field rests."""
@@ -100,7 +100,7 @@ class Objective:
             return world.log_probs("ref").masked_fill(~best, -math.inf).log_softmax(-1)
         if self.level == "sequence":
             return optimum(world.reward, world.log_probs("ref"), self.beta, f_divergence(self.divergence)).log_prob
-        return fixed_point(self.gradient, world, self)
+        return fixed_point(self.gradient, world, self).log_probs()
 
     def gradient(self, world: World) -> Float[Tensor, "Q X V"]:
         """The direction of steepest increase at the world's policy, in its logits."""
@@ -126,3 +126,61 @@ def candidates(beta: float) -> tuple[Objective, ...]:
     kinds = ("kl_policy_ref", "kl_ref_policy", "js", "jeffreys", "chi2_policy_ref", "chi2_ref_policy", "hellinger")
     regularised = [Objective("reward", kind, level, beta) for kind in kinds for level in ("sequence", "state")]
     return (Objective("reward"), *regularised)
+
+
+# -- targets, by the definitions of their papers ---------------------------------------------------------------------
+
+
+def _tilt(world: World, claim: Objective) -> Target:
+    return targets.tilt(world.log_probs("ref"), world.reward, claim.beta)
+
+
+def _posterior(world: World, claim: Objective) -> Target:
+    likelihood = targets.sigmoid_likelihood(world.reward, claim.beta, float(claim.settings["centre"]))
+    return targets.posterior(world.log_probs("ref"), likelihood)
+
+
+def _moments(world: World, claim: Objective) -> Target:
+    """Every named reward of a world is its one reward."""
+    wanted = claim.settings["moments"] or {"reward": 0.5}
+    features = world.reward[..., None]
+    fit = fit_multipliers(features, torch.tensor(list(wanted.values()), dtype=features.dtype), world.log_probs("ref"))
+    return targets.moments(world.log_probs("ref"), features, fit.multipliers)
+
+
+def _best_of_reference(world: World, claim: Objective) -> Target:
+    return targets.best_of_n(world.log_probs("ref"), world.reward, claim.settings["n"])
+
+
+def _best_of_sampler(world: World, claim: Objective) -> Target:
+    return targets.best_of_n(world.log_probs("old"), world.reward, claim.settings["n"])
+
+
+def _mode_anchor(world: World, claim: Objective) -> Target:
+    """Each good sequence has the odds of the likeliest good one, the others those of the tilt."""
+    ref, beta = world.log_probs("ref"), claim.beta
+    good = world.reward >= float(claim.settings["threshold"])
+    anchor = ref.masked_fill(~good, -math.inf).argmax(1, keepdim=True)
+    score = ref + world.reward / beta
+    return Target(torch.where(good, score.gather(1, anchor), score))
+
+
+def _curated(world: World, claim: Objective) -> Target:
+    """A round of curation by the sampler's own samples, with a share of the reference's."""
+    share = float(claim.settings["real_fraction"])
+    chosen = curated(world.log_probs("old"), world.reward, claim.settings["num_candidates"])
+    return (
+        chosen if not share else targets.mixture([targets.teacher(world.log_probs("ref")), chosen], [share, 1 - share])
+    )
+
+
+TARGETS: Mapping[str, Callable[[World, Objective], Target]] = {
+    "tilt": _tilt,
+    "posterior": _posterior,
+    "moments": _moments,
+    "best_of_n": _best_of_reference,
+    "best_of_sampler": _best_of_sampler,
+    "teacher": lambda world, claim: targets.teacher(world.log_probs("teacher")),
+    "mode_anchor": _mode_anchor,
+    "curated": _curated,
+}

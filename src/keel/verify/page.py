@@ -107,12 +107,6 @@ def write(folder: Path) -> None:
     figure(sweep(), folder / "verification.svg")
 
 
-def label(found: Verification) -> str:
-    """The recipe with the arguments that are not its defaults."""
-    given = ", ".join(f"{key}={value}" for key, value in found.arguments.items())
-    return f"{found.recipe}({given})" if given else found.recipe
-
-
 def _table(found: Sequence[Verification]) -> list[str]:
     head = ["recipe", "objective", "error", "cosine", "off-policy", "groups", "fixed point", "spread", "bf16", "status"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -120,7 +114,7 @@ def _table(found: Sequence[Verification]) -> list[str]:
         last = one.groups[-1] if one.groups else None
         spreads = [g for g in one.groups if g.deviation == g.deviation and g.deviation != float("inf")]
         cells = [
-            f"`{label(one)}`",
+            f"`{one.label}`",
             one.objective.replace("||", "\\|\\|"),
             _number(one.gradient_relative_error),
             "" if one.cosine is None else f"{one.cosine:.4f}",
@@ -140,7 +134,7 @@ def _short(found: Sequence[Verification]) -> list[str]:
     for one in found:
         if one.reasons:
             follows = f" What it follows: {one.follows}." if one.follows else ""
-            lines.append(f"- `{label(one)}`: {'; '.join(one.reasons)}.{follows}")
+            lines.append(f"- `{one.label}`: {'; '.join(one.reasons)}.{follows}")
     return ["## What falls short, and why", "", *lines, ""] if lines else []
 
 
@@ -158,7 +152,7 @@ def _declared(found: Sequence[Verification]) -> list[str]:
             f"{name.replace('_', ' ')}: {'yes' if ok else 'no'}" for name, ok in one.invariances.items()
         )
         reduced = {None: "", True: "the same bits", False: "differs"}[one.reduces_to_baseline]
-        lines.append(f"| `{label(one)}` | {declared} | {reduced} |")
+        lines.append(f"| `{one.label}` | {declared} | {reduced} |")
     return [*lines, ""]
 
 

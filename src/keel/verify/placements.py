@@ -50,7 +50,7 @@ PLACEMENTS: Mapping[str, Callable[[float], Method]] = {
     "k1 in the loss": _in_loss(lambda: SampledKL("k1")),
     "k2 in the loss": _in_loss(lambda: SampledKL("k2")),
     "k3 in the loss": _in_loss(lambda: SampledKL("k3")),
-    "k3 times the ratio": _in_loss(lambda: SampledKL("k3", with_ratio=True)),
+    "k3 times the ratio": _in_loss(lambda: SampledKL("k3", ratio="differentiable")),
     "full KL(pi || ref) per token": _in_loss(lambda: VocabularyDivergence("kl_policy_ref")),
     "full KL(ref || pi) per token": _in_loss(lambda: VocabularyDivergence("kl_ref_policy")),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,24 +50,17 @@ def expected_update(
     """
     if method.kind not in ("online", "supervised"):
         raise ValueError(f"methods of kind '{method.kind}' have no rows in this world")
-    batch = batch_for(method, world) if rows is None else rows
+    everything = batch_for(method, world)
     models = {name: world.table(name, dtype) for name in ("policy", "old", *method.models)}
-    temperature = method.rollout.temperature if method.rollout is not None else 1.0
-    before = _engine({**models, "policy": models["old"]}, temperature)
-    needs = method.frozen_needs(several_updates=True)
-    frozen = before.measure([f for f in needs if not isinstance(f, Value)], batch, alias={"old": "policy"})
-    values = _exact_values(method, world, batch, frozen)
-    frozen = frozen.merged({f: values for f in {*needs, *method.update_needs()} if isinstance(f, Value)})
-    states = method.initial_states()
-    if method.kind == "online":
-        batch = method.prepare(batch, frozen, states)
+    states = _remembered(method, world, everything, models)
+    batch, frozen = _prepared(method, world, everything if rows is None else rows, models, states)
     main = batch.main.nonzero().flatten()
     batch, frozen = batch.select(main), frozen.select(main)
     live = [f for f in _live(method, frozen) if not isinstance(f, Value)]
-    engine = _engine(models, temperature)
+    engine = _engine(models, method)
     loss, _ = engine.step(live, batch, frozen, partial(_loss, method, states), additive=False)
-    grad = models["policy"].table.grad
     table = models["policy"].table
+    grad = table.grad
     return Update(torch.zeros_like(table).detach() if grad is None else -grad.double(), float(loss))
 
 
@@ -79,7 +73,32 @@ def batch_for(method: Method, world: World) -> Rows:
     return with_greedy(method, world, rows)
 
 
-def _engine(models: dict[str, TabularPolicy], temperature: float) -> Engine:
+def _prepared(
+    method: Method, world: World, rows: Rows, models: dict[str, TabularPolicy], states: dict[str, Any]
+) -> tuple[Rows, Stats]:
+    """What `prepare` of the loop does: frozen statistics, transforms, advantages."""
+    needs = method.frozen_needs(several_updates=True)
+    before = _engine({**models, "policy": models["old"]}, method)
+    frozen = before.measure([f for f in needs if not isinstance(f, Value)], rows, alias={"old": "policy"})
+    values = _exact_values(method, world, rows, frozen)
+    frozen = frozen.merged({f: values for f in {*needs, *method.update_needs()} if isinstance(f, Value)})
+    return (method.prepare(rows, frozen, states) if method.kind == "online" else rows), frozen
+
+
+def _remembered(method: Method, world: World, rows: Rows, models: dict[str, TabularPolicy]) -> dict[str, Any]:
+    """The memory of parts that have seen the whole population once."""
+    states = method.initial_states()
+    if not any(hasattr(item, "observe") for _, item in method.parts()):
+        return states
+    batch, frozen = _prepared(method, world, rows, models, states)
+    seen = {
+        path: item.observe(batch, frozen, {}, states[path]) for path, item in method.parts() if hasattr(item, "observe")
+    }
+    return {**states, **seen}
+
+
+def _engine(models: dict[str, TabularPolicy], method: Method) -> Engine:
+    temperature = method.rollout.temperature if method.rollout is not None else 1.0
     return Engine(dict(models), {}, temperature=temperature, max_tokens=EVERYTHING)
 
 

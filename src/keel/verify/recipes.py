@@ -24,6 +24,7 @@ TOLERANCE = 1e-6  # relative error of a gradient that is called exact
 INVARIANCE = 1e-3  # relative change of an update that counts as none; an epsilon beside a deviation leaves some
 FIXED_POINT = 1e-3  # total variation between fixed point and optimum
 BETA = 0.5  # at which a recipe with a coefficient is verified
+THRESHOLD = 0.0  # and one that calls rewards from a threshold on good: about half of a world's
 GROUP_SIZES = {"quick": (2, 4), "full": (2, 4, 8)}
 HOLDS, SHORT, NOTHING = "holds", "falls short", "no objective"
 
@@ -84,6 +85,12 @@ class Verification:
     follows: str | None = None
     reasons: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The recipe with the arguments that it was given."""
+        given = ", ".join(f"{key}={value}" for key, value in self.arguments.items())
+        return f"{self.recipe}({given})" if given else self.recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -155,6 +162,8 @@ def default_arguments(recipe: Recipe) -> dict[str, Any]:
     parameter = recipe.arguments.get("beta")
     if parameter is not None and parameter.default is not inspect.Parameter.empty and parameter.default != 0:
         out["beta"] = BETA
+    if "threshold" in recipe.arguments:
+        out["threshold"] = THRESHOLD
     return out
 
 
@@ -247,8 +256,7 @@ def _check_reduction(found: Verification, recipe: Recipe) -> None:
 def _check_fixed_point(found: Verification, method: Method, objective: Objective) -> None:
     world = worlds()["far"]
     reached = fixed_point(lambda at: expected_update(method, at).direction, world, objective)
-    wanted = objective.optimum(world)
-    found.fixed_point_tv = total_variation(reached, wanted)
+    found.fixed_point_tv = total_variation(reached.log_probs(), objective.optimum(reached))
     if found.fixed_point_tv > FIXED_POINT:
         found.reasons.append(f"its fixed point is {found.fixed_point_tv:.3f} in total variation from the optimum")
 
