@@ -15,7 +15,9 @@ from keel.exact.groups import GroupBatch, groups, moments
 from keel.exact.space import SequenceSpace
 from keel.method import Claim, Method
 from keel.recipes.registry import Recipe, recipe_named
+from keel.verify.batches import situations
 from keel.verify.fixed_point import fixed_point, total_variation
+from keel.verify.identify import Identifier
 from keel.verify.objectives import Objective
 from keel.verify.population import expected_update, with_greedy
 from keel.verify.world import World, random_world
@@ -66,7 +68,7 @@ class Verification:
     """What verification found of one recipe.
 
     `gradient_relative_error` is the largest on-policy one; `off_policy_relative_error` is of a policy that has moved
-    since it sampled. `reasons` says in words why a recipe falls short.
+    since it sampled. `reasons` says in words why a recipe falls short, and `follows` what it follows instead.
     """
 
     recipe: str
@@ -152,6 +154,8 @@ def verify_recipe(
         found.bf16_relative_error = _precision(method)
     if objective is not None:
         found.status = SHORT if found.reasons else HOLDS
+    if full and found.status != HOLDS and method.kind == "online":
+        found.follows = _follows(method)
     found.seconds = time.monotonic() - begun
     return found
 
@@ -227,6 +231,19 @@ def _check_groups(found: Verification, method: Method, objective: Objective, ful
     exact = (found.gradient_relative_error or 0) <= TOLERANCE
     if exact and last.relative_error > TOLERANCE:
         found.reasons.append(f"biased by {last.relative_error:.1%} in groups of {last.size}, exact in the limit")
+
+
+@cache
+def _identifier() -> Identifier:
+    return Identifier(situations(on_policy=True))
+
+
+def _follows(method: Method) -> str:
+    """The objective that the expected update is that of, or the nearest one, in words."""
+    known = _identifier()
+    found = known.identify({s: -expected_update(method, known.worlds[s]).direction[0] for s in known.where})
+    far = found.residual > 0.1
+    return f"none that is known; the nearest misses by {found.residual:.0%}" if far else found.follows
 
 
 def _check_invariances(found: Verification, method: Method, claim: Claim) -> None:
