@@ -138,7 +138,7 @@ class TabularPolicy(nn.Module):
     def log_prob(self, rows: Rows) -> Float[Tensor, "B"]:
         """log pi(y | x) of whole sequences."""
         chosen = self.hidden(rows).log_softmax(-1).gather(-1, rows.tokens[..., None])[..., 0]
-        return (chosen * rows.mask).sum(1)
+        return torch.where(rows.mask, chosen, torch.zeros_like(chosen)).sum(1)
 
     def weighted(self, rows: Rows) -> Rows:
         """The rows with weight pi(y | x), enumerated: population statistics instead of a sample's."""
