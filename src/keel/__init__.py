@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _PACKAGES = ("train", "evaluate", "verify")  # packages that can be called
 _ENTRIES = {
     "sample": "keel.train.entry",
+    "target": "keel.train.target",
     "from_trl": "keel.train.trl",
     "Method": "keel.method",
     "Run": "keel.train.lifecycle",

@@ -1,5 +1,7 @@
 """Models by name follow the policy as their source says."""
 
+import dataclasses
+
 import pytest
 import torch
 from tests.models.test_language import ragged
@@ -11,7 +13,7 @@ from keel.exact.space import SequenceSpace, TabularPolicy
 from keel.models.adapters import LoRA
 from keel.models.heads import ValueHead
 from keel.models.load import load, reference, save
-from keel.models.sources import EMA, Adapter, Initial, Pretrained, Snapshot, build
+from keel.models.sources import EMA, Adapter, Initial, Pretrained, Snapshot, Soup, average, build
 from keel.models.tiny import SMALL, build_tiny
 
 
@@ -120,7 +122,119 @@ def test_an_adapter_that_is_not_there_is_an_error():
         build(Adapter("sft"), policy())
 
 
-@pytest.mark.parametrize("source", [Initial(), Pretrained("x"), Snapshot(4), EMA(0.5), Adapter("a")])
+def sisters(tmp_path, *seeds: int):
+    """Models of the policy's architecture with other weights, saved."""
+    found = []
+    for seed in seeds:
+        found.append(build_tiny("0123456789+-*/=()> ?", SMALL, seed=seed))
+        save(found[-1], tmp_path / str(seed))
+    return found, [str(tmp_path / str(seed)) for seed in seeds]
+
+
+def named(source) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in source.module.named_parameters()}
+
+
+def test_a_soup_is_the_average_of_the_weights(tmp_path):
+    live = policy()
+    others, paths = sisters(tmp_path, 1, 2)
+    source = build(Soup(("initial", *paths), (0.5, 0.3, 0.2)), live)
+    first, second, third = named(live), named(others[0]), named(others[1])
+    assert named(source).keys() == first.keys()
+    for name, value in named(source).items():
+        torch.testing.assert_close(value, 0.5 * first[name] + 0.3 * second[name] + 0.2 * third[name])
+    assert not any(p.requires_grad for p in source.module.parameters()) and not source.moving
+    assert all(p.requires_grad for p in live.module.parameters())
+    tied = source.module.get_input_embeddings().weight.data_ptr()
+    wanted = live.module.get_input_embeddings().weight is live.module.get_output_embeddings().weight
+    assert (source.module.get_output_embeddings().weight.data_ptr() == tied) == wanted
+    assert Soup(("a", "b")).shares == (0.5, 0.5)
+
+
+def test_a_soup_of_one_is_that_one_bit_for_bit(tmp_path):
+    live = policy()
+    live.module.to(torch.bfloat16)
+    (other,), paths = sisters(tmp_path, 1)
+    assert torch.equal(states(build(Soup(("initial", *paths), (1.0, 0.0)), live)), states(build(Initial(), live)))
+    alone = build(Soup(tuple(paths), (1.0,)), policy())
+    assert torch.equal(states(alone), states(other))
+
+
+def test_a_soup_begins_with_the_initial_model_in_a_resumed_run(tmp_path):
+    live = policy()
+    initial = reference(live)
+    _, paths = sisters(tmp_path, 1)
+    fresh = build(Soup(("initial", *paths)), live)
+    fill(live, 7.0)
+    resumed = build(Soup(("initial", *paths)), live, initial)
+    assert torch.equal(states(resumed), states(fresh)) and 7.0 not in values(initial)
+
+
+def test_a_soup_in_bf16_is_rounded_once():
+    """The mean of 1 and three times 1 + 2^-7 is nearest to 1 + 2^-7; summed in bf16 it would be 1."""
+    tables = [TabularPolicy(SequenceSpace(vocab=3, horizon=1)) for _ in range(4)]
+    bowl = TabularPolicy(SequenceSpace(vocab=3, horizon=1)).to(torch.bfloat16)
+    for table, value in zip(tables, (1.0, *[1.0 + 2**-7] * 3), strict=True):
+        fill_table(table, value)
+        table.to(torch.bfloat16)
+    average(bowl, [(str(i), table) for i, table in enumerate(tables)], (0.25,) * 4)
+    assert values(bowl) == {1.007812}  # to six digits
+
+
+def fill_table(table: TabularPolicy, value: float) -> None:
+    with torch.no_grad():
+        table.table.fill_(value)
+
+
+def test_buffers_of_a_soup():
+    """Floating ones are averaged, integers and those that no file holds stay those of the first model."""
+
+    def module(value: float) -> torch.nn.Module:
+        made = torch.nn.Linear(1, 1)
+        made.register_buffer("mean", torch.tensor(value))
+        made.register_buffer("count", torch.tensor(int(value)))
+        made.register_buffer("cache", torch.tensor(value), persistent=False)
+        return made
+
+    bowl = module(2.0)
+    average(bowl, [("a", module(2.0)), ("b", module(6.0))], (0.5, 0.5))
+    assert (float(bowl.mean), int(bowl.count), float(bowl.cache)) == (4.0, 2, 2.0)
+
+
+def test_models_that_make_no_soup_are_refused(tmp_path):
+    live = policy()
+    _, paths = sisters(tmp_path, 1)
+    save(build_tiny("0123456789+-*/=()> ?", dataclasses.replace(SMALL, layers=1)), tmp_path / "shallow")
+    save(build_tiny("0123456789+-*/=()> ?", dataclasses.replace(SMALL, feed_forward=32)), tmp_path / "narrow")
+    save(build_tiny("0123456789+-*/=()> !", SMALL), tmp_path / "other")
+    save(load(paths[0], lora=LoRA(2)), tmp_path / "adapter")
+    for name, message in (
+        ("shallow", r"shallow: it lacks the weight 'model\.layers\.1"),
+        ("narrow", r"narrow: its weight '.*mlp.*' has shape"),
+        ("other", "vocabulary"),
+        ("adapter", "average of the factors"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(Soup(("initial", str(tmp_path / name))), live)
+    adapted = load(paths[0], lora=LoRA(2))
+    with pytest.raises(UserError, match="its base"):
+        build(Soup(("initial", paths[0])), adapted)
+    assert torch.equal(states(build(Soup((paths[0],)), adapted)), states(build(Initial(), adapted)))
+    with pytest.raises(UserError, match="language model"):
+        build(Soup(("initial",)), TabularPolicy(SequenceSpace(vocab=3, horizon=2)))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"paths": ()}, {"paths": ("a",), "weights": (0.9,)}, {"paths": ("a", "b"), "weights": (1.0,)}]
+)
+def test_wrong_weights_of_a_soup_are_refused(wrong):
+    with pytest.raises(ValueError):
+        Soup(**wrong)
+
+
+@pytest.mark.parametrize(
+    "source", [Initial(), Pretrained("x"), Snapshot(4), EMA(0.5), Adapter("a"), Soup(("initial", "x"), (0.75, 0.25))]
+)
 def test_sources_are_plain_data(source):
     assert from_config(to_config(source)) == source
 

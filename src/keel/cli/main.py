@@ -2,6 +2,7 @@
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,14 @@ Reward = Annotated[
 Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Decides all randomness.")]
+
+
+class Classes(StrEnum):
+    """What counts as one answer: its canonical form, each completion by itself, or nothing is compared."""
+
+    answer = "answer"
+    completion = "completion"
+    none = "none"
 
 
 @app.command()
@@ -91,12 +100,17 @@ def evaluate(
     task: Task = None,
     data: Data = None,
     reward: Reward = None,
-    reference: Annotated[str | None, typer.Option("--reference", help="Another model, for the KL.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="Another model, for the KL, and for the answers kept and lost.")
+    ] = None,
+    support: Annotated[
+        Classes, typer.Option("--support", help="What counts as one of the correct answers kept, gained and lost.")
+    ] = Classes.answer,
     set_: Set = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on held-out prompts: pass@k, avg@k, maj@k, entropy, KL, with intervals."""
+    """Measure a model on held-out prompts: pass@k, avg@k, maj@k, entropy, KL, support, with intervals."""
     from keel.cli.show import print_evaluation, quiet_or_bars
     from keel.train.entry import evaluate as run_evaluation
 
@@ -110,6 +124,7 @@ def evaluate(
         tuple(reward) if reward else None,
         seed=seed or 0,
         reference=reference,
+        support=None if support is Classes.none else support.value,
         report=report,
         **settings,
     )
@@ -157,6 +172,73 @@ def verify(
     holds = run_verify(recipe or [], everything, full, pairs(set_), as_json)
     if strict and not holds:
         raise typer.Exit(1)
+
+
+@app.command()
+def target(
+    outcomes: Annotated[
+        Path | None, typer.Argument(help="JSON, JSONL or CSV: ref, reward, and optionally name, mode, prompt.")
+    ] = None,
+    ref: Annotated[list[str] | None, typer.Option("--ref", metavar="P,P,...", help="Reference probabilities.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option("--reward", metavar="R,R,...", help="Rewards; of a model: MODULE:FUNCTION.")
+    ] = None,
+    name: Annotated[list[str] | None, typer.Option("--name", help="Names of the outcomes, with commas.")] = None,
+    mode: Annotated[list[str] | None, typer.Option("--mode", help="What each outcome counts as, with commas.")] = None,
+    beta: Annotated[list[str] | None, typer.Option("--beta", help="Numbers, or a sweep such as 0.01:1:5.")] = None,
+    divergence: Annotated[
+        list[str] | None, typer.Option("--divergence", help="kl_policy_ref, kl_ref_policy, js, alpha:0.5, ...")
+    ] = None,
+    per_curvature: Annotated[
+        bool, typer.Option("--per-curvature", help="Divide beta by f''(1): equal strength near the reference.")
+    ] = False,
+    kl_budget: Annotated[list[str] | None, typer.Option("--kl-budget", help="The most reward for so much KL.")] = None,
+    best_of: Annotated[list[str] | None, typer.Option("--best-of", help="The best of so many draws.")] = None,
+    moment: Annotated[
+        list[str] | None, typer.Option("--moment", metavar="NAME=MEAN", help="A mean of reward, good, or a mode.")
+    ] = None,
+    good_from: Annotated[
+        float | None, typer.Option("--good-from", help="Lowest reward of a good outcome; the highest one by default.")
+    ] = None,
+    keep: Annotated[
+        float, typer.Option("--keep", min=0, max=1, help="Share from which an answer counts as surviving.")
+    ] = 0.01,
+    model: Model = None,
+    task: Task = None,
+    data: Data = None,
+    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 8,
+    num_generations: Annotated[int, typer.Option("-n", "--num-generations", min=1)] = 64,
+    set_: Set = None,
+    seed: Seed = 0,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with the masses drawn.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which distribution settings ask for, from numbers or from a model's samples."""
+    from keel.cli.target import run_target
+
+    options = {
+        "outcomes": outcomes,
+        "ref": ref,
+        "reward": reward,
+        "names": name,
+        "modes": mode,
+        "beta": beta,
+        "divergence": divergence or "kl_policy_ref",
+        "per_curvature": per_curvature,
+        "kl_budget": kl_budget,
+        "best_of": best_of,
+        "moments": moment,
+        "good_from": good_from,
+        "keep": keep,
+        "model": model,
+        "task": task,
+        "data": data,
+        "num_prompts": num_prompts,
+        "num_generations": num_generations,
+        "seed": seed or 0,
+        **pairs(set_),
+    }
+    run_target(options, as_json, html)
 
 
 @methods_app.callback()

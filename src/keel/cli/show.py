@@ -135,15 +135,35 @@ def print_run(run: Any, as_json: bool) -> None:
 
 
 def print_evaluation(evaluation: Any, as_json: bool) -> None:
-    """Metrics with intervals."""
+    """Metrics with intervals, and the support against a base where it was measured."""
     if as_json:
-        print_json(evaluation.to_json()["metrics"])
+        found = evaluation.to_json()
+        print_json(found["metrics"] | ({"support": found["support"]} if "support" in found else {}))
         return
     from rich.console import Console
 
     from keel.report.terminal import evaluation_table
 
     Console().print(evaluation_table(evaluation))
+    if evaluation.support is not None:
+        print("\n" + support_text(evaluation.support))
+
+
+def support_text(support: Any) -> str:
+    """Correct answers kept, gained and lost, beside what chance does to the base alone."""
+    names = {"srr": "kept of the base's", "ndr": "new of its own", "sds": "harmonic mean", "nscr": "net change"}
+    lines = [f"{f'support by {support.classes}':<26} {'model':<24} {'base again':<24} beyond chance"]
+    for name, meaning in names.items():
+        columns = [str(side[name]) for side in (support.ratios, support.null, support.beyond_chance)]
+        lines.append(f"{name.upper():<5}{meaning:<21} {columns[0]:<24} {columns[1]:<24} {columns[2]}".rstrip())
+    for name in ("preserved", "gained", "lost"):
+        lines.append(f"{name:<26} {support.counts[name]:<24} {support.null_counts[name]}")
+    lines.append(f"{'':<26} {'model':<24} base")
+    for name in ("correct_answers", "answer_entropy", "token_entropy"):
+        policy, base = str(getattr(support.policy, name)), str(getattr(support.base, name))
+        lines.append(f"{name.replace('_', ' '):<26} {policy:<24} {base}")
+    lines.append(f"k = {support.k} samples find answers of probability {support.eps:.2g} with 95%")
+    return "\n".join([*lines, *(f"warning: {text}" for text in support.warnings)])
 
 
 def print_samples(samples: list[Any], as_json: bool) -> None:

@@ -56,6 +56,7 @@ _DUAL = {
 }
 _OWN: dict[str, Generator] = {}
 NAMES = (*_PLAIN, *_WITH_PARAMETER)
+_FAR = 1e8  # a log-ratio whose powers still fit fp32
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class FDivergence:
 
     Args:
         name: kl_policy_ref, kl_ref_policy, jeffreys, js, alpha, chi2_policy_ref, chi2_ref_policy, tv, hellinger,
-            kl_chi2, an alias, or one registered with `own_divergence`.
+            kl_chi2, an alias, or one registered with `keel.divergences.own.own_divergence`.
         parameter: the a of `alpha`; the weight of the reference in `js`, 1/2 if not given.
         scale: factor k of the generator.
 
@@ -83,8 +84,9 @@ class FDivergence:
         name = ALIASES.get(self.name, self.name)
         object.__setattr__(self, "name", name)
         if name not in (*NAMES, *_OWN):
-            known = (*NAMES, *ALIASES, *_OWN)
-            raise ValueError(f"there is no divergence '{name}'.{nearest(name, known)} Divergences: {', '.join(NAMES)}.")
+            known = (*NAMES, *_OWN)
+            close = nearest(name, (*known, *ALIASES))
+            raise ValueError(f"there is no divergence '{name}'.{close} Divergences: {', '.join(known)}.")
         if not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f"the scale of a divergence must be positive, not {self.scale}")
         if name not in _WITH_PARAMETER and self.parameter is not None:
@@ -94,6 +96,8 @@ class FDivergence:
             if default is None:
                 raise ValueError(f"divergence '{name}' needs its parameter, such as '{name}:0.5'")
             object.__setattr__(self, "parameter", default)
+        if self.parameter is not None and not math.isfinite(self.parameter):
+            raise ValueError(f"the parameter of divergence '{name}' must be finite, not {self.parameter}")
         _ = self.generator
 
     @property
@@ -109,8 +113,8 @@ class FDivergence:
     def __str__(self) -> str:
         """As `f_divergence` reads it."""
         wanted = self.parameter is not None and self.parameter != _WITH_PARAMETER[self.name][1]
-        name = f"{self.name}:{self.parameter:g}" if wanted else self.name
-        return name if self.scale == 1 else f"{self.scale:g}*{name}"
+        name = f"{self.name}:{_number(self.parameter)}" if wanted and self.parameter is not None else self.name
+        return name if self.scale == 1 else f"{_number(self.scale)}*{name}"
 
     def scaled(self, k: float) -> "FDivergence":
         """k D."""
@@ -122,9 +126,9 @@ class FDivergence:
         Raises:
             ValueError: the generator has no curvature at 1 (total variation).
         """
-        if not self.generator.curvature:
+        if not self.curvature:
             raise ValueError(f"{self.name} has no curvature at u = 1, so beta cannot be stated per curvature")
-        return self.scaled(1 / self.generator.curvature)
+        return self.scaled(1 / self.curvature)
 
     @property
     def dual(self) -> "FDivergence":
@@ -138,40 +142,57 @@ class FDivergence:
         parameter = None if self.parameter is None else 1 - self.parameter
         return FDivergence(_DUAL[self.name], parameter, self.scale)
 
-    # -- the generator -------------------------------------------------------------------------------------------
+    # -- the generator, in fp32 at least -------------------------------------------------------------------------
 
     def f(self, log_u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """f(u)."""
-        g = self.generator
-        return self.scale * _at_zero(log_u, g.f_at_zero, g.f)
+        g, log_u = self.generator, _precise(log_u)
+        less, more = _sides(log_u)
+        value = torch.where(log_u > 0, more.exp() * g.f_over_u(more), g.f(less))
+        top = math.inf if g.f_prime_at_infinity > 0 else 0.0
+        return self.scale * _with_limits(log_u, value, g.f_at_zero, top)
 
     def f_over_u(self, log_u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """f(u) / u, the value of one sample of p."""
-        g = self.generator
-        return self.scale * -_at_zero(-log_u, -g.f_prime_at_infinity, lambda l: -g.f_over_u(-l))
+        g, log_u = self.generator, _precise(log_u)
+        less, more = _sides(log_u)
+        value = torch.where(log_u < 0, (-less).exp() * g.f(less), g.f_over_u(more))
+        bottom = math.inf if g.f_at_zero > 0 else 0.0
+        return self.scale * _with_limits(log_u, value, bottom, g.f_prime_at_infinity)
 
     def f_prime(self, log_u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """f'(u)."""
+        g, log_u = self.generator, _precise(log_u)
+        value = g.f_prime(log_u.clamp(-_FAR, _FAR))
+        return self.scale * _with_limits(log_u, value, g.f_prime_at_zero, g.f_prime_at_infinity)
+
+    def u_f_prime(self, log_u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """u f'(u), the slope in log u; an infinite log u counts as the largest that the type's u can hold."""
+        log_u = _precise(log_u)
+        bound = -math.log(torch.finfo(log_u.dtype).tiny)
+        less, more = _sides(torch.where(log_u.isinf(), log_u.clamp(-bound, bound), log_u))
         g = self.generator
-        return self.scale * _at_zero(log_u, g.f_prime_at_zero, g.f_prime)
+        return self.scale * torch.where(log_u > 0, more.exp() * g.f_prime(more), g.u_f_prime(less))
 
     def f_second(self, log_u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """f''(u)."""
-        return self.scale * self.generator.f_second(log_u)
+        return self.scale * self.generator.f_second(_precise(log_u))
 
     def f_prime_inverse(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """log u with f'(u) = t; -inf (u = 0) below f'(0+), +inf from f'(inf) on."""
-        return self.generator.f_prime_inverse(t / self.scale)
+        return self.generator.f_prime_inverse(_precise(t) / self.scale)
 
     def conjugate(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """f*(t) = sup over u >= 0 of t u - f(u), with its flat branch -f(0) where u = 0, and inf beyond f'(inf)."""
-        g, s = self.generator, t / self.scale
+        g, s = self.generator, t.double() / self.scale  # t u and f(u) nearly cancel where u is large
+        if g.conjugate is not None:
+            return (self.scale * g.conjugate(s)).to(t)
         log_u = g.f_prime_inverse(s)
         u = log_u.exp()
         inside = torch.isfinite(log_u)
         at = torch.where(inside, log_u, torch.zeros_like(log_u))
         value = torch.where(inside, s * u - g.f(at), torch.full_like(s, -g.f_at_zero))
-        return self.scale * torch.where(log_u == math.inf, torch.full_like(s, math.inf), value)
+        return (self.scale * torch.where(log_u == math.inf, torch.full_like(s, math.inf), value)).to(t)
 
     @property
     def f_at_zero(self) -> float:
@@ -201,60 +222,100 @@ class FDivergence:
     # -- over a whole vocabulary ---------------------------------------------------------------------------------
 
     def value(self, log_p: Float[Tensor, "*n V"], log_q: Float[Tensor, "*n V"]) -> Float[Tensor, "*n"]:
-        """D(p || q) in nats, from normalised log-probabilities; -inf is an outcome without mass."""
-        l, p, q = _log_ratio(log_p, log_q), log_p.exp(), log_q.exp()
-        above = l > 0
-        less = torch.where(above, torch.zeros_like(l), l)
-        more = torch.where(above, l, torch.zeros_like(l))
-        terms = torch.where(above, _product(p, self.f_over_u(more)), _product(q, self.f(less)))
-        return terms.sum(-1)
+        """D(p || q) in nats, at least in fp32, from normalised log-probabilities; -inf is an outcome without mass.
+
+        It is inf where p and q differ in support and f(0) or f'(inf) says so.
+        """
+        log_u, p, q = _log_ratio(log_p, log_q)
+        g, near = self.generator, log_u.clamp(-_FAR, _FAR)
+        if g.terms is not None:
+            terms = g.terms(near, p, q)
+        else:
+            less, more = _sides(log_u)
+            terms = torch.where(near > 0, _product(p, g.f_over_u(more)), _product(q, g.f(less)))
+        terms = torch.where(log_u == -math.inf, _times(q, g.f_at_zero), terms)
+        return self.scale * torch.where(log_u == math.inf, _times(p, g.f_prime_at_infinity), terms).sum(-1)
 
     def gradient(self, log_p: Float[Tensor, "*n V"], log_q: Float[Tensor, "*n V"]) -> Float[Tensor, "*n V"]:
-        """dD / dz for the logits z of p: p (f'(u) - sum p f'(u))."""
-        l, p, q = _log_ratio(log_p, log_q), log_p.exp(), log_q.exp()
-        finite = torch.isfinite(l)
-        l = torch.where(finite, l, torch.zeros_like(l))
-        below = l < 0
-        g = self.generator
-        slope = torch.where(below, q * g.u_f_prime(l.clamp(max=0)), p * g.f_prime(l.clamp(min=0)))
-        slope = self.scale * torch.where(finite, slope, torch.zeros_like(slope))
-        return slope - p * slope.sum(-1, keepdim=True)
+        """dD / dz for the logits z of p: p (f'(u) - sum p f'(u)), always finite, at least in fp32.
+
+        Outcomes that cost infinitely much are left out: no step of finite size would pay for them.
+        """
+        log_u, p, q = _log_ratio(log_p, log_q)
+        g, near = self.generator, log_u.clamp(-_FAR, _FAR)
+        if g.slopes is not None:
+            slopes = g.slopes(near, p, q)
+        else:
+            less, more = _sides(log_u)
+            slopes = torch.where(near > 0, _product(p, g.f_prime(more)), _product(q, g.u_f_prime(less)))
+        top = g.f_prime_at_infinity if math.isfinite(g.f_prime_at_infinity) else 0.0
+        slopes = torch.where(log_u == math.inf, top * p, slopes.masked_fill(log_u == -math.inf, 0.0))
+        bound = torch.finfo(slopes.dtype).max / (4 * slopes.shape[-1])
+        slopes = (self.scale * slopes).clamp(-bound, bound)
+        return slopes - p * slopes.sum(-1, keepdim=True)
 
 
 def f_divergence(text: "str | FDivergence") -> FDivergence:
-    """A divergence from its name, with its parameter after a colon: `js`, `alpha:0.5`, `js:0.1`.
+    """A divergence from its name: `js`, with a parameter `alpha:0.5`, with a factor `4*js:0.1`.
 
     Raises:
-        ValueError: an unknown name, or a parameter that does not fit.
+        ValueError: an unknown name, or a parameter or a factor that does not fit.
 
     >>> f_divergence("alpha:0.5").f_prime_at_infinity
     2.0
+    >>> print(f_divergence("4*jensen_shannon"))
+    4*js
     """
     if isinstance(text, FDivergence):
         return text
-    name, colon, parameter = text.partition(":")
-    if not colon:
-        return FDivergence(name)
+    factor, star, rest = text.rpartition("*")
+    name, colon, parameter = rest.partition(":")
+    return FDivergence(
+        name.strip(),
+        _read_number(parameter, text) if colon else None,
+        _read_number(factor, text) if star else 1.0,
+    )
+
+
+def _read_number(written: str, text: str) -> float:
     try:
-        number = float(parameter)
+        return float(written)
     except ValueError:
-        raise ValueError(f"'{parameter}' in '{text}' is not a number") from None
-    return FDivergence(name, number)
+        raise ValueError(f"'{written}' in '{text}' is not a number") from None
 
 
-def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log u, 0 where both are without mass."""
+def _number(x: float) -> str:
+    """The shortest form that reads back as the same number."""
+    return f"{x:g}" if float(f"{x:g}") == x else repr(x)
+
+
+def _precise(numbers: Tensor) -> Tensor:
+    """In fp32 at least: bf16 has three digits."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
+def _log_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log u, p and q; log u is 0 where both are without mass."""
+    log_p, log_q = _precise(log_p), _precise(log_q)
     neither = (log_p == -math.inf) & (log_q == -math.inf)
-    return torch.where(neither, torch.zeros_like(log_p), log_p - log_q)
+    return (log_p - log_q).masked_fill(neither, 0.0), log_p.exp(), log_q.exp()
 
 
-def _at_zero(log_u: Tensor, limit: float, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """The function, and its limit at u = 0."""
-    zero = log_u == -math.inf
-    value = function(torch.where(zero, torch.zeros_like(log_u), log_u))
-    return torch.where(zero, torch.full_like(value, limit), value)
+def _sides(log_u: Tensor) -> tuple[Tensor, Tensor]:
+    """log u below 0 and above it, each 0 on the other side; limits stand for what lies beyond the bound."""
+    return log_u.clamp(-_FAR, 0), log_u.clamp(0, _FAR)
+
+
+def _with_limits(log_u: Tensor, values: Tensor, at_zero: float, at_infinity: float) -> Tensor:
+    """The values, and the limits at u = 0 and at u = inf."""
+    return values.masked_fill(log_u == -math.inf, at_zero).masked_fill(log_u == math.inf, at_infinity)
+
+
+def _times(weight: Tensor, constant: float) -> Tensor:
+    """weight * constant, 0 where the weight is 0."""
+    return weight * constant if math.isfinite(constant) else torch.where(weight > 0, constant, 0.0).to(weight)
 
 
 def _product(weight: Tensor, values: Tensor) -> Tensor:
     """weight * values, 0 where the weight is 0."""
-    return torch.where(weight > 0, weight * values, torch.zeros_like(values))
+    return (weight * values).masked_fill(weight == 0, 0.0)

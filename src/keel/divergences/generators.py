@@ -1,4 +1,4 @@
-"""The generators of f-divergences, as functions of the log-ratio l = log u, u = p / q.
+"""The generators of f-divergences, as functions of the log-ratio x = log u, u = p / q.
 
     D_f(p || q) = sum_x q f(u),     f convex,   f(1) = 0,   f'(1) = 0
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from scipy.special import wrightomega
 from torch import Tensor
+from torch.nn.functional import softplus
 
 Map = Callable[[Tensor], Tensor]
 LOG2 = math.log(2)
@@ -26,16 +27,19 @@ class Generator:
     """One convex function in the forms that a stable computation needs, all elementwise.
 
     Args:
-        f: f(u).
-        f_over_u: f(u) / u, the generator of D_f(q || p) at 1 / u.
+        f: f(u); exact for u <= 1, where the family asks for it.
+        f_over_u: f(u) / u, the generator of D_f(q || p) at 1 / u; exact for u >= 1.
         f_prime: f'(u).
-        u_f_prime: u f'(u).
+        u_f_prime: u f'(u); exact for u <= 1.
         f_second: f''(u).
         f_prime_inverse: t -> log u with f'(u) = t; -inf below f'(0+), +inf from f'(inf) on.
         f_at_zero: f(0).
         f_prime_at_zero: f'(0+).
         f_prime_at_infinity: f'(inf) = lim f(u) / u.
         curvature: f''(1).
+        conjugate: t -> f*(t); None leaves it to the inverse slope, t u - f(u).
+        terms: (x, p, q) -> q f(u), where p and q at hand spare the exponentials of x.
+        slopes: (x, p, q) -> p f'(u), likewise.
     """
 
     f: Map
@@ -48,35 +52,52 @@ class Generator:
     f_prime_at_zero: float
     f_prime_at_infinity: float
     curvature: float
+    conjugate: Map | None = None
+    terms: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    slopes: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+def in_fp64(function: Map) -> Map:
+    """The function, evaluated in fp64."""
+    return lambda x: function(x.double()).to(x)
 
 
 def exp_remainder(x: Tensor) -> Tensor:
     """e^x - 1 - x, by its series where the difference would cancel.
 
-    >>> float(exp_remainder(torch.tensor(1e-6)))
-    5.000002...e-13
+    >>> round(float(exp_remainder(torch.tensor(1e-6))) * 1e13, 4)
+    5.0
     """
-    near = x.abs() < 0.1
-    small = torch.where(near, x, torch.zeros_like(x))
-    series = torch.zeros_like(small)
-    for n in range(11, 1, -1):
-        series = (series * small) + 1 / math.factorial(n)
-    return torch.where(near, series * small.square(), torch.expm1(torch.where(near, 0.0, x)) - torch.where(near, 0.0, x))
+    near = x.abs() < (2e-4 if x.dtype == torch.float64 else 0.03)
+    return torch.where(near, x.square() * (0.5 + x * (1 / 6 + x / 24)), torch.expm1(x) - x)
+
+
+def entropy_remainder(x: Tensor) -> Tensor:
+    """u log u - u + 1 at u = e^x, without the overflow of e^-x nor the cancellation at 0.
+
+    >>> float(entropy_remainder(torch.tensor(-200.0)))
+    1.0
+    """
+    near = x.abs() < 1
+    close = torch.where(near, x, torch.zeros_like(x))
+    return torch.where(near, close.exp() * exp_remainder(-close), x.exp() * x - torch.expm1(x))
 
 
 def kl_policy_ref() -> Generator:
     """u log u - u + 1: KL(p || q)."""
     return Generator(
-        f=lambda l: l.exp() * exp_remainder(-l),
-        f_over_u=lambda l: exp_remainder(-l),
-        f_prime=lambda l: l,
-        u_f_prime=lambda l: l.exp() * l,
-        f_second=lambda l: (-l).exp(),
+        f=entropy_remainder,
+        f_over_u=lambda x: exp_remainder(-x),
+        f_prime=lambda x: x,
+        u_f_prime=lambda x: x.exp() * x,
+        f_second=lambda x: (-x).exp(),
         f_prime_inverse=lambda t: t,
         f_at_zero=1.0,
         f_prime_at_zero=-INF,
         f_prime_at_infinity=INF,
         curvature=1.0,
+        terms=lambda x, p, q: p * (x - 1) + q,
+        slopes=lambda x, p, q: p * x,
     )
 
 
@@ -84,26 +105,28 @@ def kl_ref_policy() -> Generator:
     """-log u + u - 1: KL(q || p)."""
     return Generator(
         f=exp_remainder,
-        f_over_u=lambda l: (-l).exp() * exp_remainder(l),
-        f_prime=lambda l: -torch.expm1(-l),
+        f_over_u=lambda x: entropy_remainder(-x),
+        f_prime=lambda x: -torch.expm1(-x),
         u_f_prime=torch.expm1,
-        f_second=lambda l: (-2 * l).exp(),
+        f_second=lambda x: (-2 * x).exp(),
         f_prime_inverse=lambda t: _where_below(t, 1.0, lambda s: -torch.log1p(-s)),
         f_at_zero=INF,
         f_prime_at_zero=-INF,
         f_prime_at_infinity=1.0,
         curvature=1.0,
+        terms=lambda x, p, q: p - q * (x + 1),
+        slopes=lambda x, p, q: p - q,
     )
 
 
 def jeffreys() -> Generator:
     """(u - 1) log u: KL(p || q) + KL(q || p)."""
     return Generator(
-        f=lambda l: torch.expm1(l) * l,
-        f_over_u=lambda l: -torch.expm1(-l) * l,
-        f_prime=lambda l: l - torch.expm1(-l),
-        u_f_prime=lambda l: l.exp() * l + torch.expm1(l),
-        f_second=lambda l: (-l).exp() + (-2 * l).exp(),
+        f=lambda x: torch.expm1(x) * x,
+        f_over_u=lambda x: -torch.expm1(-x) * x,
+        f_prime=lambda x: x - torch.expm1(-x),
+        u_f_prime=lambda x: x.exp() * x + torch.expm1(x),
+        f_second=lambda x: (-x).exp() + (-2 * x).exp(),
         f_prime_inverse=lambda t: -_log_omega(1 - t),
         f_at_zero=INF,
         f_prime_at_zero=-INF,
@@ -121,24 +144,29 @@ def jensen_shannon(b: float = 0.5) -> Generator:
     if not 0 < b < 1:
         raise ValueError(f"the weight of a Jensen-Shannon divergence must lie strictly between 0 and 1, not {b:g}")
 
-    def log_m(l: Tensor) -> Tensor:  # log(m / q)
-        large = math.log1p(-b) + l + torch.log1p(b / (1 - b) * (-l.clamp(min=1.0)).exp())
-        return torch.where(l > 1, large, torch.log1p((1 - b) * torch.expm1(l.clamp(max=1.0))))
+    def log_m(x: Tensor) -> Tensor:  # log(m / q)
+        large = math.log1p(-b) + x + torch.log1p(b / (1 - b) * (-x.clamp(min=1.0)).exp())
+        return torch.where(x > 1, large, torch.log1p((1 - b) * torch.expm1(x.clamp(max=1.0))))
 
-    def entropy(x: Tensor) -> Tensor:  # v log v - v + 1
-        return x.exp() * exp_remainder(-x)
+    def against_m(x: Tensor) -> Tensor:  # log(p / m), for any x
+        return -math.log1p(-b) - softplus(math.log(b / (1 - b)) - x, threshold=50)
 
-    def over_m(l: Tensor) -> Tensor:
-        a = log_m(l)
-        return b * entropy(-a) + (1 - b) * entropy(l - a)
+    def log_p_over_m(x: Tensor) -> Tensor:  # exact near 0, and where x - log_m cancels
+        return torch.where(x > 1, against_m(x), x - log_m(x.clamp(max=1.0)))
+
+    def over_m(x: Tensor) -> Tensor:
+        return b * entropy_remainder(-log_m(x)) + (1 - b) * entropy_remainder(log_p_over_m(x))
+
+    def reference_against_m(x: Tensor) -> Tensor:  # log(q / m)
+        return -math.log(b) - softplus(x + math.log((1 - b) / b), threshold=50)
 
     top = -(1 - b) * math.log(1 - b)
     return Generator(
-        f=lambda l: log_m(l).exp() * over_m(l),
-        f_over_u=lambda l: (log_m(l) - l).exp() * over_m(l),
-        f_prime=lambda l: (1 - b) * (l - log_m(l)),
-        u_f_prime=lambda l: (1 - b) * l.exp() * (l - log_m(l)),
-        f_second=lambda l: b * (1 - b) * (-l - log_m(l)).exp(),
+        f=lambda x: log_m(x).exp() * over_m(x),
+        f_over_u=lambda x: (-log_p_over_m(x)).exp() * over_m(x),
+        f_prime=lambda x: (1 - b) * log_p_over_m(x),
+        u_f_prime=lambda x: (1 - b) * x.exp() * log_p_over_m(x),
+        f_second=lambda x: b * (1 - b) * (-x - log_m(x)).exp(),
         f_prime_inverse=lambda t: _where_below(
             t, top, lambda s: math.log(b) + s / (1 - b) - torch.log1p(-(1 - b) * (s / (1 - b)).exp())
         ),
@@ -146,6 +174,8 @@ def jensen_shannon(b: float = 0.5) -> Generator:
         f_prime_at_zero=-INF,
         f_prime_at_infinity=top,
         curvature=b * (1 - b),
+        terms=lambda x, p, q: (1 - b) * p * against_m(x) + b * q * reference_against_m(x),
+        slopes=lambda x, p, q: (1 - b) * p * against_m(x),
     )
 
 
@@ -156,14 +186,13 @@ def alpha(a: float) -> Generator:
     if abs(a) < 1e-7:
         return kl_ref_policy()
     flat = 1 / (1 - a)
+    precise = in_fp64 if abs(a * (a - 1)) < 0.05 else _as_it_is  # the numerators vanish at 0 and at 1
     return Generator(
-        f=lambda l: (exp_remainder(a * l) - a * exp_remainder(l)) / (a * (a - 1)),
-        f_over_u=lambda l: (exp_remainder((a - 1) * l) - (1 - a) * exp_remainder(-l)) / (a * (a - 1))
-        if a != 0.5
-        else 4 * torch.expm1(-l / 2).square() / 2,
-        f_prime=lambda l: torch.expm1((a - 1) * l) / (a - 1),
-        u_f_prime=lambda l: ((a * l).exp() - l.exp()) / (a - 1),
-        f_second=lambda l: ((a - 2) * l).exp(),
+        f=precise(lambda x: (exp_remainder(a * x) - a * exp_remainder(x)) / (a * (a - 1))),
+        f_over_u=precise(lambda x: (exp_remainder((a - 1) * x) - (1 - a) * exp_remainder(-x)) / (a * (a - 1))),
+        f_prime=lambda x: torch.expm1((a - 1) * x) / (a - 1),
+        u_f_prime=precise(lambda x: ((a * x).exp() - x.exp()) / (a - 1)),
+        f_second=lambda x: ((a - 2) * x).exp(),
         f_prime_inverse=(
             (lambda t: torch.log1p((a - 1) * t.clamp(min=flat)) / (a - 1))
             if a > 1
@@ -179,11 +208,11 @@ def alpha(a: float) -> Generator:
 def pearson() -> Generator:
     """(u - 1)^2: chi-square, sum (p - q)^2 / q."""
     return Generator(
-        f=lambda l: torch.expm1(l).square(),
-        f_over_u=lambda l: torch.expm1(l) * -torch.expm1(-l),
-        f_prime=lambda l: 2 * torch.expm1(l),
-        u_f_prime=lambda l: 2 * l.exp() * torch.expm1(l),
-        f_second=lambda l: torch.full_like(l, 2.0),
+        f=lambda x: torch.expm1(x).square(),
+        f_over_u=lambda x: torch.expm1(x) * -torch.expm1(-x),
+        f_prime=lambda x: 2 * torch.expm1(x),
+        u_f_prime=lambda x: 2 * x.exp() * torch.expm1(x),
+        f_second=lambda x: torch.full_like(x, 2.0),
         f_prime_inverse=lambda t: torch.log1p(t.clamp(min=-2.0) / 2),
         f_at_zero=1.0,
         f_prime_at_zero=-2.0,
@@ -195,11 +224,11 @@ def pearson() -> Generator:
 def neyman() -> Generator:
     """(1 - u)^2 / u: chi-square turned round, sum (p - q)^2 / p."""
     return Generator(
-        f=lambda l: torch.expm1(l) * -torch.expm1(-l),
-        f_over_u=lambda l: torch.expm1(-l).square(),
-        f_prime=lambda l: -torch.expm1(-2 * l),
-        u_f_prime=lambda l: l.exp() - (-l).exp(),
-        f_second=lambda l: 2 * (-3 * l).exp(),
+        f=lambda x: torch.expm1(x) * -torch.expm1(-x),
+        f_over_u=lambda x: torch.expm1(-x).square(),
+        f_prime=lambda x: -torch.expm1(-2 * x),
+        u_f_prime=lambda x: x.exp() - (-x).exp(),
+        f_second=lambda x: 2 * (-3 * x).exp(),
         f_prime_inverse=lambda t: _where_below(t, 1.0, lambda s: -torch.log1p(-s) / 2),
         f_at_zero=INF,
         f_prime_at_zero=-INF,
@@ -211,10 +240,10 @@ def neyman() -> Generator:
 def total_variation() -> Generator:
     """|u - 1| / 2: sum |p - q| / 2. Its inverse slope is a set at -1/2 and 1/2; the value nearest u = 1 is taken."""
     return Generator(
-        f=lambda l: torch.expm1(l).abs() / 2,
-        f_over_u=lambda l: torch.expm1(-l).abs() / 2,
-        f_prime=lambda l: l.sign() / 2,
-        u_f_prime=lambda l: l.exp() * l.sign() / 2,
+        f=lambda x: torch.expm1(x).abs() / 2,
+        f_over_u=lambda x: torch.expm1(-x).abs() / 2,
+        f_prime=lambda x: x.sign() / 2,
+        u_f_prime=lambda x: x.exp() * x.sign() / 2,
         f_second=torch.zeros_like,
         f_prime_inverse=lambda t: torch.where(t.abs() <= 0.5, torch.zeros_like(t), t.sign() * INF),
         f_at_zero=0.5,
@@ -227,11 +256,11 @@ def total_variation() -> Generator:
 def squared_hellinger() -> Generator:
     """(sqrt u - 1)^2 / 2: 1 - sum sqrt(p q)."""
     return Generator(
-        f=lambda l: torch.expm1(l / 2).square() / 2,
-        f_over_u=lambda l: torch.expm1(-l / 2).square() / 2,
-        f_prime=lambda l: -torch.expm1(-l / 2) / 2,
-        u_f_prime=lambda l: (l.exp() - (l / 2).exp()) / 2,
-        f_second=lambda l: (-1.5 * l).exp() / 4,
+        f=lambda x: torch.expm1(x / 2).square() / 2,
+        f_over_u=lambda x: torch.expm1(-x / 2).square() / 2,
+        f_prime=lambda x: -torch.expm1(-x / 2) / 2,
+        u_f_prime=lambda x: (x.exp() - (x / 2).exp()) / 2,
+        f_second=lambda x: (-1.5 * x).exp() / 4,
         f_prime_inverse=lambda t: _where_below(t, 0.5, lambda s: -2 * torch.log1p(-2 * s)),
         f_at_zero=0.5,
         f_prime_at_zero=-INF,
@@ -244,17 +273,21 @@ def kl_chi2() -> Generator:
     """u log u - u + 1 + (u - 1)^2 / 2: KL(p || q) + chi-square / 2."""
     kl = kl_policy_ref()
     return Generator(
-        f=lambda l: kl.f(l) + torch.expm1(l).square() / 2,
-        f_over_u=lambda l: kl.f_over_u(l) - torch.expm1(l) * torch.expm1(-l) / 2,
-        f_prime=lambda l: l + torch.expm1(l),
-        u_f_prime=lambda l: l.exp() * (l + torch.expm1(l)),
-        f_second=lambda l: (-l).exp() + 1,
+        f=lambda x: kl.f(x) + torch.expm1(x).square() / 2,
+        f_over_u=lambda x: kl.f_over_u(x) - torch.expm1(x) * torch.expm1(-x) / 2,
+        f_prime=lambda x: x + torch.expm1(x),
+        u_f_prime=lambda x: x.exp() * (x + torch.expm1(x)),
+        f_second=lambda x: (-x).exp() + 1,
         f_prime_inverse=lambda t: _log_omega(t + 1),
         f_at_zero=1.5,
         f_prime_at_zero=-INF,
         f_prime_at_infinity=INF,
         curvature=2.0,
     )
+
+
+def _as_it_is(function: Map) -> Map:
+    return function
 
 
 def _where_below(t: Tensor, bound: float, inverse: Map) -> Tensor:

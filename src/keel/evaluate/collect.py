@@ -124,14 +124,16 @@ def collect(
         scores = score([e.prompt for e in repeated], replies, ids, _columns(repeated), rows.group)
         batch = _rewards(scores, combine, verdict) | _measured(rows, statistics)
         batch["answers"] = [answer(reply, e) for reply, e in zip(replies, repeated, strict=True)] if answer else None
+        batch["texts"] = [text.strip() for text in texts]
         batches.append(batch)
         shown = [place for place in range(len(some)) if start + place in kept]
         completions += _shown(some, shown, texts, batch, num_generations, encode, decode)
         if progress is not None:
             progress(start + len(some), len(examples))
     return Samples(
-        **{name: _stack(batches, name, num_generations) for name in batches[0] if name != "answers"},
-        answers=_listed(batches, num_generations) if answer else None,
+        **{name: _stack(batches, name, num_generations) for name in batches[0] if name not in ("answers", "texts")},
+        answers=_listed(batches, "answers", num_generations) if answer else None,
+        texts=_listed(batches, "texts", num_generations),
         index=tuple(int(example.index) for example in examples),
         completions=tuple(completions),
     )
@@ -193,6 +195,6 @@ def _stack(batches: list[dict[str, Any]], name: str, n: int) -> np.ndarray:
     return torch.cat([batch[name].cpu() for batch in batches]).reshape(-1, n).numpy()
 
 
-def _listed(batches: list[dict[str, Any]], n: int) -> list[list[Hashable | None]]:
-    flat = [answered for batch in batches for answered in batch["answers"]]
+def _listed(batches: list[dict[str, Any]], name: str, n: int) -> list[list[Any]]:
+    flat = [entry for batch in batches for entry in batch[name]]
     return [flat[start : start + n] for start in range(0, len(flat), n)]

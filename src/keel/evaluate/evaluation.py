@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from keel.evaluate.intervals import Interval, difference_interval, mean_interval
 from keel.evaluate.pass_at_k import avg_at_k, distinct_answers, majority_at_k, pass_at_k
+
+if TYPE_CHECKING:
+    from keel.evaluate.support import Support
 
 KS = (1, 2, 4, 8, 16)
 THRESHOLD = 0.5
@@ -53,6 +56,7 @@ class Samples:
         kl: mean KL per token of each sample against the reference, in nats.
         index: data index of each prompt.
         completions: a few to look at.
+        texts: what was completed, without surrounding white space.
 
     Raises:
         ValueError: the shapes differ, or there are no samples.
@@ -67,6 +71,7 @@ class Samples:
     kl: Float[np.ndarray, "N n"] | None = None
     index: tuple[int, ...] = ()
     completions: tuple[Completion, ...] = ()
+    texts: Sequence[Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
         shape = self.reward.shape
@@ -76,8 +81,10 @@ class Samples:
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(f"samples: '{name}' has shape {value.shape}, the rewards have {shape}")
-        if self.answers is not None and [len(row) for row in self.answers] != [shape[1]] * shape[0]:
-            raise ValueError(f"samples: 'answers' must hold {shape[0]} lists of {shape[1]}")
+        for name in ("answers", "texts"):
+            value = getattr(self, name)
+            if value is not None and [len(row) for row in value] != [shape[1]] * shape[0]:
+                raise ValueError(f"samples: '{name}' must hold {shape[0]} lists of {shape[1]}")
         if self.index and len(self.index) != shape[0]:
             raise ValueError(f"samples: 'index' has {len(self.index)} entries for {shape[0]} prompts")
 
@@ -97,6 +104,7 @@ class Evaluation:
         seed: of the resampling.
         index: data index of each prompt.
         completions: a few to look at.
+        support: which correct answers of a base it keeps, gains and loses, where that was measured.
     """
 
     metrics: dict[str, Interval]
@@ -107,6 +115,7 @@ class Evaluation:
     seed: int = 0
     index: tuple[int, ...] = ()
     completions: tuple[Completion, ...] = ()
+    support: Support | None = None
 
     @property
     def prompts(self) -> int:
@@ -135,7 +144,7 @@ class Evaluation:
             "values": {name: [_null(number) for number in column] for name, column in self.values.items()},
             "index": list(self.index),
             "completions": [{**asdict(kept), "reward": _null(kept.reward)} for kept in self.completions],
-        }
+        } | ({} if self.support is None else {"support": self.support.to_json()})
 
     @staticmethod
     def from_json(data: Any) -> Evaluation:
@@ -146,6 +155,11 @@ class Evaluation:
         """
         try:
             known = {f.name for f in fields(Completion)}
+            support = data.get("support")
+            if support is not None:
+                from keel.evaluate.support import Support
+
+                support = Support.from_json(support)
             return Evaluation(
                 metrics={name: Interval.from_json(numbers) for name, numbers in data["metrics"].items()},
                 values={name: tuple(_nan(number) for number in column) for name, column in data["values"].items()},
@@ -158,6 +172,7 @@ class Evaluation:
                     Completion(**{key: kept[key] for key in known - {"reward"}}, reward=_nan(kept["reward"]))
                     for kept in data["completions"]
                 ),
+                support=support,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no evaluation of Keel: {type(error).__name__}: {error}") from error

@@ -1,5 +1,6 @@
 """Models by name: frozen, moving and adapted copies of the policy, and pretrained ones."""
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,43 @@ class Adapter:
     name: str
 
 
-Source = Initial | Pretrained | Snapshot | EMA | Adapter
+@part("soup", paper=2)
+@dataclass(frozen=True)
+class Soup:
+    """theta = sum_i w_i theta_i, the average of the weights of models that share an architecture.
+
+    Summed in fp32 and rounded once. Tied weights are averaged once, integer buffers are those of the first model. Where
+    logits are linear in the weights it is the normalised geometric mean of the models.
+
+    Args:
+        paths: folders or hub names; "initial" is the policy as it was before training.
+        weights: one for each path, together 1; None gives all the same.
+
+    Raises:
+        ValueError: no paths, another number of weights, or weights whose sum is not 1.
+
+    Source: "SALSA: Soup-based Alignment Learning for Stronger Adaptation in RLHF", 2024.
+    """
+
+    paths: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("a soup needs at least one model")
+        if self.weights is None:
+            object.__setattr__(self, "weights", (1 / len(self.paths),) * len(self.paths))
+        if len(self.shares) != len(self.paths) or abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(f"a soup of {len(self.paths)} models needs as many weights with sum 1, not {self.weights}")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weights."""
+        return self.weights or ()
+
+
+INITIAL = "initial"
+Source = Initial | Pretrained | Snapshot | EMA | Adapter | Soup
 
 
 class SourceModel:
@@ -176,6 +213,8 @@ def build(source: Source, policy: PolicyModel, initial: PolicyModel | None = Non
         raise UserError(f"{type(source).__name__} needs a language model", "models")
     if isinstance(source, Adapter):
         return SourceModel(source, AdapterView(policy, source.name), policy)
+    if isinstance(source, Soup):
+        return SourceModel(source, _soup(source, policy, initial), policy)
     return SourceModel(source, _pretrained(source, policy), policy)
 
 
@@ -184,6 +223,71 @@ def _pretrained(source: Pretrained, policy: LanguageModel) -> PolicyModel:
     _check_same_vocabulary(model, policy, source.path)
     model.module.requires_grad_(False)
     return model
+
+
+def _soup(source: Soup, policy: LanguageModel, initial: PolicyModel | None) -> PolicyModel:
+    """A frozen model whose weights are the average of those that the source names, which are loaded one by one."""
+    first = policy if initial is None else initial
+    assert isinstance(first, LanguageModel)
+    if policy.adapted and INITIAL in source.paths:
+        what = "with an adapter the initial policy is its base and has no weights of its own to average"
+        raise UserError(what, "models.ref.paths", "Name the folder of the base in place of 'initial'.")
+    bowl = load(source.paths[0], device=policy.device) if policy.adapted else frozen_copy(first)
+    _check_same_vocabulary(bowl, policy, source.paths[0])
+
+    def ingredients() -> Iterator[tuple[str, nn.Module]]:
+        for path in source.paths:
+            model = first if path == INITIAL else load(path, device=policy.device)
+            assert isinstance(model, LanguageModel)
+            if model.adapted:
+                what = "it is an adapter: the average of the factors A and B is not the average of their products"
+                raise UserError(what, path, "Merge it into its base first (`keel export`).")
+            _check_same_vocabulary(model, policy, path)
+            yield path, model.module
+
+    average(bowl.module, ingredients(), source.shares)
+    bowl.module.requires_grad_(False)
+    return bowl
+
+
+@torch.no_grad()
+def average(bowl: nn.Module, parts: Iterable[tuple[str, nn.Module]], weights: Sequence[float]) -> None:
+    """Fill a module with the weighted average of others of its architecture.
+
+    Args:
+        bowl: what is filled, in its own dtype; none of the parts.
+        parts: names, for messages, and modules.
+        weights: one for each part.
+
+    Raises:
+        UserError: a part lacks a tensor of the bowl, has one more, or one of another shape.
+    """
+    wanted = _averaged(bowl)
+    total = {name: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for name, t in wanted.items()}
+    for (path, module), weight in zip(parts, weights, strict=True):
+        found = _averaged(module)
+        _check_same_tensors(wanted, found, path)
+        for name, tensor in found.items():
+            total[name] += weight * tensor.to(total[name])
+    for name, tensor in wanted.items():
+        tensor.copy_(total[name])
+
+
+def _averaged(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the floating buffers that a file holds."""
+    kept = set(module.state_dict())
+    buffers = {n: b for n, b in module.named_buffers() if n in kept and b.is_floating_point()}
+    return {name: p.data for name, p in module.named_parameters()} | buffers
+
+
+def _check_same_tensors(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: str) -> None:
+    for name in [*wanted, *found]:
+        if name not in found or name not in wanted:
+            how = "lacks" if name not in found else "alone has"
+            raise UserError(f"it {how} the weight '{name}'", path, "A soup is of models of one architecture.")
+        if wanted[name].shape != found[name].shape:
+            shapes = f"{tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+            raise UserError(f"its weight '{name}' has shape {shapes}", path, "A soup is of models of one architecture.")
 
 
 def _check_same_vocabulary(model: Any, policy: LanguageModel, path: str) -> None:

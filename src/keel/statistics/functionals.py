@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keel.core.policy import Head
-from keel.divergences.vocabulary import ALIASES, divergence, divergence_backward
+from keel.divergences.family import f_divergence
 from keel.statistics.transforms import KeepTopP, Transform
 
 
@@ -166,10 +166,13 @@ def TopPEntropy(p: float, of: tuple[str, ...] = ("policy",), where: str = "mask"
 
 @dataclass(frozen=True)
 class Divergence:
-    """D(policy, against) over the whole vocabulary at each position, in nats; see `keel.divergences.vocabulary`.
+    """D(policy, against) over the whole vocabulary at each position, in nats; see `keel.divergences.family`.
+
+    Gradient of the logits: p_v (f'(p_v / q_v) - sum p f'), finite also where logits are -inf.
 
     Args:
-        kind: `kl_policy_ref` (alias `reverse_kl`), `kl_ref_policy` (`forward_kl`) or `js`.
+        kind: an f-divergence by name, policy first: `kl_policy_ref` (alias `reverse_kl`), `js:0.1`, `alpha:0.5` ...;
+            kept as its canonical name.
         against: the model in the second place, constant.
         first: the model in the first place.
 
@@ -185,9 +188,7 @@ class Divergence:
     of: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", ALIASES.get(self.kind, self.kind))
-        if self.kind not in ("kl_policy_ref", "kl_ref_policy", "js"):
-            raise ValueError(f"divergence '{self.kind}' is not one of kl_policy_ref, kl_ref_policy, js")
+        object.__setattr__(self, "kind", str(f_divergence(self.kind)))
         if self.against == "policy":
             raise ValueError("the second model of a divergence is constant: put the policy first, with the kind turned")
         object.__setattr__(self, "of", (self.first, self.against))
@@ -198,12 +199,12 @@ class Divergence:
         return f"divergence({self.kind}, {first}{self.against})"
 
     def __call__(self, at: Positions) -> Float[Tensor, "n"]:
-        return divergence(self.kind, at.log_probs(self.first), at.log_probs(self.against))  # type: ignore[arg-type]
+        return f_divergence(self.kind).value(at.log_probs(self.first), at.log_probs(self.against))
 
     def backward(self, at: Positions, grad: Float[Tensor, "n"], dlogits: Float[Tensor, "n V"]) -> None:
         """Add grad dD/dz to `dlogits`; the second model is constant."""
-        slope = divergence_backward(self.kind, at.log_probs(self.first), at.log_probs(self.against))  # type: ignore[arg-type]
-        dlogits.addcmul_(slope, grad[:, None])
+        slope = f_divergence(self.kind).gradient(at.log_probs(self.first), at.log_probs(self.against))
+        dlogits.add_((slope * grad[:, None]).to(dlogits.dtype))
 
 
 @dataclass(frozen=True)

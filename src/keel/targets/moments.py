@@ -1,5 +1,6 @@
 """Targets with prescribed moments: the nearest distribution to the reference under which features have given means."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 MAX_STEPS = 200
-TOLERANCE = 1e-12  # of the gradient, relative to the spread of each feature
+TOLERANCE = 1e-12  # of the moments, relative to the spread of each feature
+ROUNDING = 1e-8  # an error that Newton's method may stop at when it gets no smaller
 EDGE = 1e-7  # a moment this close to the edge of what is reachable, relative to the spread, has no finite multiplier
 RANK = 1e-12  # eigenvalues of the covariance below this share of the largest are directions without variation
 
@@ -137,37 +139,39 @@ def _check_each(phi: Tensor, log_a: Tensor, m: Tensor) -> Tensor:
 
 def _newton(phi: Tensor, log_a: Tensor, wanted: Tensor, m: Tensor, spread: Tensor) -> tuple[Tensor, int]:
     """Minimise the dual; the features are centred at the wanted moments and scaled by their spread."""
-    current = torch.zeros_like(wanted)
-    value = _dual(phi, log_a, current)
+    current, value = torch.zeros_like(wanted), _dual(phi, log_a, torch.zeros_like(wanted))
+    error = math.inf
     for step in range(MAX_STEPS):
         p = _tilted(phi, log_a, current).exp()
         gradient = torch.einsum("ns,nsk->nk", p, phi).mean(0)
-        if float(gradient.abs().max()) < TOLERANCE:
+        stalled = error <= ROUNDING and float(gradient.abs().max()) >= error / 2  # no better than rounding allows
+        error = float(gradient.abs().max())
+        if error < TOLERANCE or stalled:
             return current, step
         _check_direction(phi, log_a, current, m, spread)
-        values, vectors = torch.linalg.eigh(_covariance(phi, p))
-        inverse = torch.where(values > RANK * values.max().clamp(min=1e-300), 1 / values, torch.zeros_like(values))
-        direction = -(vectors * inverse) @ (vectors.T @ gradient)
-        slope = float(gradient @ direction)
-        if not slope < 0:
-            break
-        size = 1.0
-        for _ in range(60):
-            proposed = current + size * direction
-            after = _dual(phi, log_a, proposed)
-            if after <= value + 1e-4 * size * slope:
-                break
+        direction = _newton_direction(_covariance(phi, p), gradient)
+        slope, size = float(gradient @ direction), 1.0
+        while size > 1e-15 and _dual(phi, log_a, current + size * direction) > value + 1e-4 * size * slope:
             size /= 2
-        else:
-            if float(gradient.abs().max()) < 1e-8:  # the dual is flat to rounding
-                return current, step
+        if size <= 1e-15 or not slope < 0:
             break
-        current, value = proposed, after
+        current = current + size * direction
+        value = _dual(phi, log_a, current)
+    if error <= ROUNDING:
+        return current, step
     _check_direction(phi, log_a, current, m, spread, EDGE)
     raise ValueError(
         f"the moments {m.tolist()} were not reached together: features that are functions of one another need moments "
         "that agree"
     )
+
+
+def _newton_direction(covariance: Tensor, gradient: Tensor) -> Tensor:
+    """The shortest Newton step, nothing along combinations of features that do not vary."""
+    values, vectors = torch.linalg.eigh(covariance)
+    varies = values > RANK * values.max().clamp(min=1e-300)
+    inverse = torch.where(varies, 1 / values, torch.zeros_like(values))
+    return -(vectors * inverse) @ (vectors.T @ gradient)
 
 
 def _check_direction(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +11,7 @@ from torch import Tensor
 from keel.core.choice import generator
 
 FEW = 10.0  # effective samples below which an estimate says little
+ROUNDING = 1e-6
 HEAVY = 0.1  # share of one sample above which it decides the estimate
 
 
@@ -38,15 +40,27 @@ class Partition:
         """Why the estimate should not be trusted; None if nothing speaks against it."""
         if not self.samples:
             return None
-        few = (self.effective_samples < FEW) | ((self.largest_weight > HEAVY) & (self.samples > 1 / HEAVY))
+        heavy = (self.largest_weight > HEAVY + ROUNDING) & (self.samples > 1 / HEAVY)
+        few = (self.effective_samples < FEW - ROUNDING) | heavy
         if not bool(few.any()):
             return None
         return (
-            f"{int(few.sum())} of {few.numel()} estimates of log Z rest on fewer than {FEW:g} of {self.samples} samples "
+            f"{int(few.sum())} of {few.numel()} estimates of log Z rest on a few of their {self.samples} samples "
             f"(effective number down to {float(self.effective_samples.min()):.1f}, one sample holding up to "
             f"{float(self.largest_weight.max()):.0%} of the weight). log Z from few samples is too low, more so than "
             "its standard error says: take more samples or a larger beta."
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, one entry for each leading index, and their mean."""
+        listed = {name: getattr(self, name).tolist() for name in ("log_z", "standard_error", "bias")}
+        effective = self.effective_samples.tolist() if self.samples else None
+        return {
+            "mean": float(self.log_z.mean()),
+            **listed,
+            "effective_samples": effective,
+            "warning": self.warning,
+        }
 
 
 def log_z_sum(log_score: Float[Tensor, "*n S"]) -> Partition:
@@ -89,7 +103,8 @@ def log_z_annealed(
 ) -> Partition:
     """log Z of a tilt by annealed importance sampling, which needs nothing but draws of the reference and their reward.
 
-        x_0 ~ q;  log w = sum_k (s_{k+1} - s_k) r(x_k) / beta;  x_{k+1} from x_k leaving q e^{s_{k+1} r / beta} invariant
+        x_0 ~ q,     log w = sum_k (s_{k+1} - s_k) r(x_k) / beta,
+        x_{k+1} from x_k by a move that leaves q e^{s_{k+1} r / beta} as it is
 
     s rises evenly from 0 to 1; the move is one independent Metropolis proposal from q, accepted with probability
     min(1, e^{s (r' - r) / beta}). Z is unbiased for every number of steps; more steps make the weights more even until

@@ -1,6 +1,6 @@
 """Target distributions over outcomes that are listed: tilts, posteriors, powers, mixtures, best-of-N.
 
-A target is a table of unnormalised log-scores, one row for each prompt. Whatever fits a policy to it needs nothing else.
+A target is a table of unnormalised log-scores, one row for each prompt. Whatever fits a policy to it needs no more.
 """
 
 import math
@@ -107,7 +107,8 @@ def tilt(log_ref: Float[Tensor, "*n S"], reward: Float[Tensor, "*n S"], beta: fl
 def posterior(log_ref: Float[Tensor, "*n S"], log_likelihood: Float[Tensor, "*n S"]) -> Target:
     """q(x) p(good | x): the reference conditioned on an event; see `exponential_likelihood`, `sigmoid_likelihood`.
 
-    Source: "BRAIn: Bayesian Reward-conditioned Amortized Inference for natural language generation from feedback", 2024.
+    Source: "BRAIn: Bayesian Reward-conditioned Amortized Inference for natural language generation from feedback",
+    2024.
     """
     return Target(log_ref + log_likelihood)
 

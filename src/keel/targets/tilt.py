@@ -10,7 +10,8 @@ from torch import Tensor
 from keel.divergences.family import FDivergence, f_divergence
 from keel.targets.target import Target, masked_product
 
-HALVINGS = 120
+STEPS = 300  # at most; some six are usual
+TOLERANCE = 1e-14  # of log sum pi*
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ def f_tilt(
 
         pi*(x) = q(x) max(0, (f')^{-1}((r(x) - lambda) / beta)),     lambda such that sum pi* = 1
 
-    Solved by bisection for the ratio of the best outcome, l = log(pi* / q) at max r, which lies in [0, -log q(best)]:
-    the mass grows with l, and nothing cancels even where pi* is nearly all on one outcome. Equal rewards keep their
-    reference odds under every f. Total variation keeps q where r >= max r - beta and moves the rest to the best.
+    Solved by Newton's method in a bracket for the log-ratio of the best outcome, log(pi* / q) at max r, which lies in
+    [0, -log q(best)]: the mass grows with it, and nothing cancels even where pi* is nearly all on one outcome. Equal
+    rewards keep their reference odds under every f. Total variation keeps q where r >= max r - beta and moves the rest
+    to the best outcomes, as the reference shares them.
 
     Args:
         log_ref: log q, shape [*n, S]; normalised here; -inf is an outcome that the optimum lacks as well.
@@ -86,20 +88,33 @@ def _solve(log_q: Tensor, deficit: Tensor, best: Tensor, beta: Tensor, d: FDiver
     top = deficit == 0
     low = torch.zeros_like(best)
     high = -log_q.masked_fill(~top, -math.inf).logsumexp(-1).clamp(max=0)
+    ratio, before = (low + high) / 2, torch.full_like(low, math.inf)
+    for _ in range(STEPS):
+        log_u = _log_ratio(ratio, top, deficit, d)
+        mass = (log_q + log_u).logsumexp(-1)
+        low, high = torch.where(mass > 0, low, ratio), torch.where(mass > 0, ratio, high)
+        settled = (mass.abs() < TOLERANCE) | (high - low <= 1e-16 * high)
+        if bool(settled.all()):
+            break
+        newton = ratio - mass / _growth(log_q, log_u, ratio, d)
+        pays = (newton >= low) & (newton <= high) & (mass.abs() < before / 2)  # halve the bracket where it does not
+        ratio, before = torch.where(settled, ratio, torch.where(pays, newton, (low + high) / 2)), mass.abs()
+    return (log_q + _log_ratio(ratio, top, deficit, d)).log_softmax(-1), best - beta * d.f_prime(ratio)
 
-    def log_prob(l: Tensor) -> Tensor:
-        slope = d.f_prime(l)[..., None] - deficit
-        log_u = torch.where(top, l[..., None], d.f_prime_inverse(slope))
-        # an outcome below the best has a smaller ratio; rounding near f'(inf) must not say otherwise
-        log_u = torch.minimum(log_u, l[..., None]).masked_fill(slope <= d.f_prime_at_zero, -math.inf)
-        return log_q + log_u
 
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        over = log_prob(middle).logsumexp(-1) > 0
-        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
-    found = (low + high) / 2
-    return log_prob(found).log_softmax(-1), best - beta * d.f_prime(found)
+def _log_ratio(best_ratio: Tensor, top: Tensor, deficit: Tensor, d: FDivergence) -> Tensor:
+    """log u of every outcome where that of the best is `best_ratio`."""
+    slope = d.f_prime(best_ratio)[..., None] - deficit
+    log_u = torch.where(top, best_ratio[..., None], d.f_prime_inverse(slope))
+    # an outcome below the best has a smaller ratio; rounding near f'(inf) must not say otherwise
+    return torch.minimum(log_u, best_ratio[..., None]).masked_fill(slope <= d.f_prime_at_zero, -math.inf)
+
+
+def _growth(log_q: Tensor, log_u: Tensor, best_ratio: Tensor, d: FDivergence) -> Tensor:
+    """The slope of the log of the mass in `best_ratio`: the policy's mean of f''(u_best) u_best / (f''(u) u)."""
+    here = torch.where(log_u > -math.inf, log_u, torch.zeros_like(log_u))
+    speed = (d.f_second(best_ratio).log() + best_ratio)[..., None] - (d.f_second(here).log() + here)
+    return masked_product((log_q + log_u).softmax(-1), speed.exp()).sum(-1)
 
 
 def _without_underflow(log_p: Tensor, log_q: Tensor, d: FDivergence) -> Tensor:

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from keel.core.choice import counter_seed
 from keel.core.config import build
 from keel.core.errors import ConfigError, RunError
 from keel.core.rows import Stop
 from keel.evaluate.evaluation import Evaluation
+from keel.evaluate.support import Classes
 from keel.method import Method
 from keel.models.language import LanguageModel
 from keel.models.load import load, merged, save
@@ -19,7 +20,7 @@ from keel.tasks.task import Task, Text
 from keel.train.configuration import TINY
 from keel.train.encode import Encoder
 from keel.train.lifecycle import Run, execute
-from keel.train.measure import measure_policy
+from keel.train.measure import measure_against, measure_policy
 from keel.train.progress import default_reporter
 from keel.train.session import Reporter, reward_functions, silent
 from keel.train.settings import EvaluateSettings, TaskSettings, parse
@@ -93,18 +94,24 @@ def evaluate(
     tokenizer: Any = None,
     seed: int = 0,
     reference: Any = None,
+    support: Classes | None = "answer",
     device: str | None = None,
     report: Reporter = silent,
     **settings: Any,
 ) -> Evaluation:
-    """Measure a model on held-out prompts: avg@k, pass@k, maj@k, entropy, lengths, and KL to a reference if given.
+    """Measure a model on held-out prompts: avg@k, pass@k, maj@k, entropy and lengths.
+
+    Against a reference also the KL, and which of its correct answers the model keeps, gains and loses
+    (`evaluation.support`), which takes two samplings of the reference.
 
     Args:
         model: `tiny`, a folder (a run's too), a hub name, or a model in memory.
         task, data, reward: as in `keel.train`.
         tokenizer: of a model in memory.
         seed: of the completions.
-        reference: another model, for the KL.
+        reference: another model, for the KL and the support.
+        support: what counts as one answer, its canonical form ("answer") or each text ("completion"); None leaves the
+            support out.
         device: None takes the best there is.
         report: called with (event, facts).
         **settings: of the section `evaluate`, such as `num_prompts=64`.
@@ -115,6 +122,8 @@ def evaluate(
     chosen = parse(EvaluateSettings, settings, "evaluate")
     if task is not None and data is not None:
         raise ConfigError("give either a task or data, not both", "data")
+    if support not in (None, *get_args(Classes)):
+        raise ConfigError(f"must be one of {', '.join(get_args(Classes))}, or None (got {support!r})", "support")
     task_settings = TaskSettings(name=task if isinstance(task, str) else None)
     opened = task if task is not None and not isinstance(task, str) else open_task(task_settings, data, seed)
     named, given = named_rewards(reward)
@@ -125,18 +134,16 @@ def evaluate(
         )
     policy = open_model(model, opened, tokenizer, device, report)
     other = None if reference is None else open_model(reference, opened, None, device, report)
+    known: dict[str, Any] = {
+        "encoder": Encoder(policy),
+        "max_completion_length": chosen.max_completion_length or opened.max_completion_length,
+        "seed": counter_seed(seed, "evaluate"),
+        "progress": lambda done, total: report("progress", {"done": done, "total": total}),
+    }
     try:
-        return measure_policy(
-            policy,
-            opened,
-            functions,
-            chosen,
-            encoder=Encoder(policy),
-            max_completion_length=chosen.max_completion_length or opened.max_completion_length,
-            seed=counter_seed(seed, "evaluate"),
-            reference=other,
-            progress=lambda done, total: report("progress", {"done": done, "total": total}),
-        )
+        if other is not None and support is not None:
+            return measure_against(policy, other, opened, functions, chosen, classes=support, **known)
+        return measure_policy(policy, opened, functions, chosen, reference=other, **known)
     finally:
         for function in functions.values():
             if (close := getattr(function, "close", None)) is not None:

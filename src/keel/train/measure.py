@@ -1,13 +1,17 @@
 """Measuring a policy on held-out prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
+from keel.core.choice import counter_seed
 from keel.core.policy import PolicyModel
 from keel.core.rows import Rows
 from keel.evaluate.collect import collect
-from keel.evaluate.evaluation import Evaluation, assess
+from keel.evaluate.evaluation import Evaluation, Samples, assess
+from keel.evaluate.support import Classes, compare_support
 from keel.models.language import LanguageModel
 from keel.parts.rewards.score import score
 from keel.rollouts.choose import choose_generator
@@ -37,8 +41,98 @@ def measure_policy(
 ) -> Evaluation:
     """avg@k, pass@k, maj@k, entropy, KL to the reference and lengths on the first held-out prompts.
 
+    The arguments are those of `draw`.
+    """
+    samples = draw(
+        policy,
+        task,
+        rewards,
+        settings,
+        encoder=encoder,
+        max_completion_length=max_completion_length,
+        seed=seed,
+        reference=reference,
+        generator=generator,
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    return assessed(samples, settings, seed)
+
+
+def assessed(samples: Samples, settings: EvaluateSettings, seed: int) -> Evaluation:
+    """The metrics of samples."""
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= settings.num_generations]
+    return assess(samples, ks, seed=seed, threshold=settings.threshold)
+
+
+def measure_against(
+    policy: LanguageModel,
+    base: LanguageModel,
+    task: Task,
+    rewards: Mapping[str, RewardFunction],
+    settings: EvaluateSettings,
+    *,
+    classes: Classes = "answer",
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    **known: Any,
+) -> Evaluation:
+    """What `measure_policy` measures, and the support of the policy against that of its base.
+
+    The base is sampled twice, with other randomness than the policy, so that chance can be told from change.
+
     Args:
         policy: the model to measure.
+        base: the model that it is held against, also for the KL.
+        task, rewards, settings, known: as in `draw`.
+        classes: what counts as one answer: "answer", its canonical form, or "completion", each text by itself.
+        seed: of the completions.
+        progress: called with (prompts done, all prompts) over the three passes.
+    """
+
+    def told(part: int) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(part * total + done, 3 * total)
+
+    samples = draw(policy, task, rewards, settings, seed=seed, reference=base, progress=told(0), **known)
+    evaluation = assessed(samples, settings, seed)
+    if samples.answers is None or not any(answer is not None for row in samples.answers for answer in row):
+        return evaluation
+    once, again = (
+        draw(base, task, rewards, settings, seed=counter_seed(seed, "base", i), progress=told(i), **known)
+        for i in (1, 2)
+    )
+    found = compare_support(samples, once, again, seed, settings.threshold, classes, _truncated(settings))
+    return replace(evaluation, support=found)
+
+
+def _truncated(settings: EvaluateSettings) -> list[str]:
+    """What the sampler takes from the support by its own filters."""
+    found = []
+    if settings.temperature != 1:
+        found.append(f"sampled at temperature {settings.temperature:g}: support is defined at 1")
+    if settings.top_p is not None and settings.top_p < 1:
+        found.append(f"sampled with top_p={settings.top_p:g}, which removes rare answers by construction")
+    return found
+
+
+def draw(
+    policy: LanguageModel,
+    task: Task,
+    rewards: Mapping[str, RewardFunction],
+    settings: EvaluateSettings,
+    *,
+    encoder: Encoder,
+    max_completion_length: int,
+    seed: int,
+    reference: PolicyModel | None = None,
+    generator: str = "auto",
+    max_tokens: int = 16384,
+    progress: Callable[[int, int], None] | None = None,
+) -> Samples:
+    """Scored completions of the first held-out prompts, with their entropy, and their KL to a reference.
+
+    Args:
+        policy: the model to sample.
         task: its held-out examples and answers.
         rewards: functions that score completions.
         settings: number of prompts and completions, sampling, threshold.
@@ -61,7 +155,7 @@ def measure_policy(
         stats = engine.measure(needs, rows.to(policy.device))
         return {"entropy": stats[Entropy()]} | ({} if reference is None else {"kl": stats[Divergence("kl_policy_ref")]})
 
-    samples = collect(
+    return collect(
         choose_generator(policy, generator),
         examples,
         lambda prompts, completions, ids, columns, group: score(rewards, prompts, completions, ids, columns, group),
@@ -75,5 +169,3 @@ def measure_policy(
         max_rows=MAX_ROWS,
         progress=progress,
     )
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= n]
-    return assess(samples, ks, seed=seed, threshold=settings.threshold)

@@ -175,12 +175,15 @@ class Identifier:
     Args:
         where: the worlds.
         on_policy: which candidates to try.
+        among: the candidates, in place of those.
     """
 
-    def __init__(self, where: Sequence[Situation], *, on_policy: bool = True):
+    def __init__(
+        self, where: Sequence[Situation], *, on_policy: bool = True, among: tuple[Candidate, ...] | None = None
+    ):
         self.where = tuple(where)
         self.worlds = {situation: situation.world() for situation in self.where}
-        self.candidates = candidates(on_policy=on_policy)
+        self.candidates = candidates(on_policy=on_policy) if among is None else among
         self._known: dict[tuple[object, Situation], np.ndarray] = {}
 
     def identify(self, gradients: Gradients) -> Identified:

@@ -21,11 +21,11 @@ from torch import Tensor
 from keel.divergences.family import FDivergence, f_divergence
 from keel.exact.optima import optimum
 from keel.exact.space import TabularPolicy
+from keel.exact.states import state_optimum
 from keel.targets import target as targets
 from keel.targets.curated import curated
 from keel.targets.moments import fit_multipliers
 from keel.targets.target import Target
-from keel.verify.fixed_point import fixed_point
 from keel.verify.world import World, sequence_log_probs
 
 Form = Literal["reward", "target", "data"]
@@ -90,7 +90,7 @@ class Objective:
         return TARGETS[str(self.target)](world, self).log_prob()
 
     def optimum(self, world: World) -> Float[Tensor, "Q S"]:
-        """log-probabilities of the best policy; of a held objective, of the point where its own field rests."""
+        """log-probabilities of the best policy; with states held, of the policy at which every state is at its best."""
         if self.form == "data":
             return world.log_probs("data")
         if self.form == "target":
@@ -100,7 +100,10 @@ class Objective:
             return world.log_probs("ref").masked_fill(~best, -math.inf).log_softmax(-1)
         if self.level == "sequence":
             return optimum(world.reward, world.log_probs("ref"), self.beta, f_divergence(self.divergence)).log_prob
-        return fixed_point(self.gradient, world, self).log_probs()
+        held = state_optimum(
+            world.table("ref"), world.reward, self.beta, f_divergence(self.divergence), held_fixed=True
+        )
+        return sequence_log_probs(held.policy(world.space)).detach()
 
     def gradient(self, world: World) -> Float[Tensor, "Q X V"]:
         """The direction of steepest increase at the world's policy, in its logits."""
