@@ -317,8 +317,12 @@ def method_with(cls: type) -> Case | None:
     if slot == "terms":
         if "log_ratio" in inspect.signature(cls.__call__).parameters:
             slots["surrogate"] = Surrogate(item)
-        else:
+        elif _shape(cls) == "B T":
             slots["terms"] = {"part": Summand(item, 0.5)}
+        elif _shape(cls) == "":
+            slots["terms"] = {"part": item}
+        else:  # a target, which a loss reads
+            return None
     elif slot == "masks":
         slots["masks"] = {"part": item}
         slots["terms"] = {"confined": Summand(next(iter(penalties().values())), 0.5, where="part", per="where")}
@@ -338,14 +342,20 @@ def _required(cls: type) -> dict[str, Any]:
     return {name: {int: 2, float: 0.5, str: "ref"}[hints[name]] for name in needed}
 
 
+def _shape(cls: type) -> str | None:
+    """What a part returns, as its annotation says."""
+    return getattr(typing.get_type_hints(cls.__call__).get("return"), "dim_str", None)
+
+
 def penalties() -> dict[str, Any]:
     """Every registered penalty, at its defaults."""
     recipes()
     found = {}
     for name in sorted(PAPERS):
         cls = part_class(name)
-        term = cls.__module__.startswith("keel.parts.terms.") and cls not in (Surrogate, Summand)
-        if term and "rows" in inspect.signature(cls.__call__).parameters:
+        if not cls.__module__.startswith("keel.parts.terms.") or cls in (Surrogate, Summand):
+            continue
+        if _shape(cls) == "B T" and "rows" in inspect.signature(cls.__call__).parameters:
             found[name] = cls(**_required(cls))
     return found
 

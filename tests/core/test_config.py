@@ -10,6 +10,7 @@ from tests.worlds import Case, recipe_cases
 from keel.core.config import build, check, from_config, get_path, set_path, to_config
 from keel.core.errors import ConfigError, KeelError, MethodError, UserError, nearest
 from keel.core.registry import PAPERS, part, part_class, part_name
+from keel.parts.advantages.stream import Whiten
 from keel.parts.terms.penalties import SampledKL, Summand
 from keel.parts.terms.surrogate import Clipped, Surrogate
 from keel.recipes.registry import recipe_named
@@ -84,9 +85,9 @@ def test_errors_name_the_key_and_what_is_allowed(data, where, what):
 
 
 def test_build_checks_each_value():
-    assert build(SampledKL, {"estimator": "k2", "with_ratio": "true"}) == SampledKL("k2", with_ratio=True)
-    with pytest.raises(ConfigError, match=r"losses\.kl\.with_ratio"):
-        build(SampledKL, {"with_ratio": "perhaps"}, "losses.kl")
+    assert build(Whiten, {"epsilon": "1e-6", "centre": "false"}) == Whiten(centre=False, epsilon=1e-6)
+    with pytest.raises(ConfigError, match=r"advantage\.whiten\.centre"):
+        build(Whiten, {"centre": "perhaps"}, "advantage.whiten")
     assert check("3", int | None, "x") == 3 and check(None, int | None, "x") is None
 
 

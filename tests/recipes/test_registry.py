@@ -54,7 +54,7 @@ def test_arguments_pass_on_to_the_baseline():
 
 def test_published_settings():
     grpo = recipe_named("grpo")
-    assert grpo(beta=0.1).terms == {"kl": Summand(SampledKL("k3", with_ratio=True), 0.1)}
+    assert grpo(beta=0.1).terms == {"kl": Summand(SampledKL("k3", ratio="differentiable"), 0.1)}
     assert grpo(beta=0.1, kl="k2").terms == {"kl": Summand(SampledKL("k2"), 0.1)}
     assert recipe_named("grpo_forward_kl")().terms == {"kl": Summand(VocabularyDivergence("kl_ref_policy"), 0.1)}
     assert recipe_named("rloo")().transforms == {"kl": KLInReward(0.05, "k1")}

@@ -533,7 +533,7 @@ def test_top_k_of_another_model_by_id():
 @pytest.mark.parametrize(
     ("make", "what"),
     [
-        (lambda: Divergence("chi2"), "is not one of"),
+        (lambda: Divergence("chi3"), "there is no divergence"),
         (lambda: Divergence("js", against="policy", first="ref"), "put the policy first"),
         (lambda: TopK(0), "at least 1"),
     ],

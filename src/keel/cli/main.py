@@ -115,6 +115,7 @@ def evaluate(
     from keel.train.entry import evaluate as run_evaluation
 
     settings = {key.removeprefix("evaluate."): value for key, value in pairs(set_).items()}
+    classes: Any = None if support is Classes.none else support.value
     report = quiet_or_bars(as_json)
     report("phase", {"name": "eval", "steps": None, "text": f"measuring {model}"})
     found = run_evaluation(
@@ -124,7 +125,7 @@ def evaluate(
         tuple(reward) if reward else None,
         seed=seed or 0,
         reference=reference,
-        support=None if support is Classes.none else support.value,
+        support=classes,
         report=report,
         **settings,
     )
@@ -208,6 +209,9 @@ def target(
     data: Data = None,
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 8,
     num_generations: Annotated[int, typer.Option("-n", "--num-generations", min=1)] = 64,
+    count_completions: Annotated[
+        bool, typer.Option("--count-completions", help="Count different completions, not different answers.")
+    ] = False,
     set_: Set = None,
     seed: Seed = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with the masses drawn.")] = None,
@@ -235,6 +239,7 @@ def target(
         "data": data,
         "num_prompts": num_prompts,
         "num_generations": num_generations,
+        "count_completions": count_completions,
         "seed": seed or 0,
         **pairs(set_),
     }

@@ -96,7 +96,6 @@ class SampledKL:
         against: name of the reference model.
         ratio: none, sg(rho) (detached), or rho with its gradient (differentiable); log rho is cut at +-20.
         level: token or sequence.
-        with_ratio: short for the ratio "differentiable" (true) or "none" (false); None leaves it to `ratio`.
 
     Raises:
         ValueError: an unknown estimator, ratio or level.
@@ -108,13 +107,9 @@ class SampledKL:
     against: str = "ref"
     ratio: Ratio = "none"
     level: Level = "token"
-    with_ratio: bool | None = None
     additive = True
 
     def __post_init__(self) -> None:
-        if self.with_ratio is not None:
-            object.__setattr__(self, "ratio", "differentiable" if self.with_ratio else "none")
-            object.__setattr__(self, "with_ratio", None)
         _one_of("estimator", self.estimator, ("k1", "k2", "k3"))
         _one_of("ratio", self.ratio, get_args(Ratio))
         _one_of("level", self.level, get_args(Level))
