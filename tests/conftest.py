@@ -19,6 +19,8 @@ CHECKED = (
     "keel.parts.advantages",
     "keel.parts.controllers",
     "keel.parts.masks",
+    "keel.parts.rewards.anchored",
+    "keel.parts.rewards.curation",
     "keel.parts.rewards.transforms",
     "keel.parts.terms",
     "keel.parts.weights",

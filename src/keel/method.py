@@ -153,8 +153,8 @@ class Method:
                 yield f"{slot}.{name}", item
 
     def prepare_needs(self) -> tuple[Functional, ...]:
-        """Functionals that the transforms and advantages read."""
-        return _union([*self.transforms.values(), *self.advantage.values()])
+        """Functionals that the transforms and advantages read, and the controllers that look at a batch."""
+        return _union([*self.transforms.values(), *self.advantage.values(), *self.controllers.values()])
 
     def update_needs(self) -> tuple[Functional, ...]:
         """Functionals that the masks, weights, surrogate and terms read."""

@@ -35,6 +35,11 @@ KNOWN = {
     "grpo_forward_kl": (0.17, "as grpo"),
     "gspo": (0.37, "as grpo, and a mean over the tokens of a sequence"),
     "dr_grpo": (TOLERANCE, "with a KL in the loss, a group's mean shrinks the reward by (G - 1) / G beside it"),
+    "f_dpg": (TOLERANCE, "in a group, Z is an estimate"),
+    "dpg": (TOLERANCE, "as f_dpg"),
+    "gdc": (TOLERANCE, "as f_dpg"),
+    "brain": (TOLERANCE, "both sides are normalised over the group"),
+    "mara": (TOLERANCE, "the anchor is the likeliest good completion of the group"),
 }
 CASES = [
     pytest.param(recipe, variant, id=f"{name}{variant or ''}")
@@ -51,7 +56,8 @@ def test_every_recipe(recipe, variant):
     assert all(found.invariances.values()), found.invariances
     if found.status == SHORT:
         assert recipe.name in KNOWN, found.reasons
-        assert found.gradient_relative_error <= KNOWN[recipe.name][0] + 0.005
+        bound = KNOWN[recipe.name][0]
+        assert found.gradient_relative_error <= (bound if bound <= TOLERANCE else bound + 0.005)
     if found.status == HOLDS:
         assert found.gradient_relative_error <= TOLERANCE and found.cosine > 1 - 1e-9
 

@@ -168,6 +168,8 @@ def default_arguments(recipe: Recipe) -> dict[str, Any]:
         out["beta"] = BETA
     if "threshold" in recipe.arguments:
         out["threshold"] = THRESHOLD
+    if "expected" in recipe.arguments:  # of a random choice, the expectation: one draw is no population
+        out["expected"] = True
     return out
 
 
