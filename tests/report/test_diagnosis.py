@@ -93,6 +93,13 @@ def test_no_metrics_at_all():
         ({"rollout/logp_gap": curve(0.05)}, "warning", ["0.05 nats", "`model.dtype` (now bfloat16)"], "model.dtype"),
         ({"rollout/ess": curve(1.0, 0.2)}, "problem", ["sample size of 20%"], "model.dtype"),
         (
+            {"target/ess": curve(2.0)},
+            "warning",
+            ["2.0 completions of a group", "larger beta"],
+            "rollout.num_generations",
+        ),
+        ({"reference_share/ess": curve(0.2)}, "problem", ["sample size of 20%"], "train.learning_rate"),
+        (
             {"terms/kl": curve(0.0)},
             "warning",
             ["kl was exactly 0 in all 100 batches, so that it did nothing", "(now 0.1)"],

@@ -22,6 +22,7 @@ TRUNCATED = (0.1, 0.4)  # share of completions cut off by the length limit
 LENGTH_GROWN = 2.0
 LOGP_GAP = (0.02, 0.2)  # nats between sampler and trainer
 SAMPLE_SIZE = (0.7, 0.3)  # effective sample size as a share of the rows
+TARGET_WEIGHTS = (4.0, 1.5)  # effective completions of a group that carry the target
 NOT_FINITE = 0.01  # share of steps above which lost updates are a problem
 REWARD_STAYED = 0.02  # of the range of rewards
 FEW = 5  # steps below which nothing is said about a course
@@ -250,6 +251,27 @@ def _sample_size(run: _Run) -> Iterator[Finding]:
         )
 
 
+def _target_weights(run: _Run) -> Iterator[Finding]:
+    """How few completions of a group the target's weights rest on; a share of the rows for those of the reference."""
+    level = _below(effective := run.late("target/ess"), TARGET_WEIGHTS)
+    if level is not None:
+        path, text = run.setting("num_generations")
+        yield Finding(
+            level,
+            f"The target's weights rest on {effective:.1f} completions of a group: it lies too far from what is "
+            f"sampled (a group of n reaches about log n nats). Raise {text}, or ask for less with a larger beta.",
+            path,
+        )
+    level = _below(share := run.late("reference_share/ess"), SAMPLE_SIZE)
+    if level is not None:
+        yield Finding(
+            level,
+            f"The weights that stand for data of the reference leave an effective sample size of {share:.0%}: the policy "
+            "has gone far from it. Lower train.learning_rate, or raise real_fraction.",
+            "train.learning_rate",
+        )
+
+
 def _dead_penalties(run: _Run) -> Iterator[Finding]:
     for name in sorted(run.metrics):
         values = run.finite(name)
@@ -306,6 +328,7 @@ _CHECKS = (
     _length,
     _sampler_gap,
     _sample_size,
+    _target_weights,
     _dead_penalties,
 )
 
