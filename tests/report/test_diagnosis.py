@@ -96,7 +96,7 @@ def test_no_metrics_at_all():
             {"target/ess": curve(2.0)},
             "warning",
             ["2.0 completions of a group", "larger beta"],
-            "rollout.num_generations",
+            "num_generations",
         ),
         ({"reference_share/ess": curve(0.2)}, "problem", ["sample size of 20%"], "train.learning_rate"),
         (
