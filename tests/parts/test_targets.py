@@ -206,6 +206,15 @@ def test_batches_are_kept_until_the_fit_is_done():
     assert torch.equal(again["multipliers"], state["multipliers"])
 
 
+def test_multipliers_that_follow_the_policy():
+    """After the fit lambda_a grows by 0.2 (0.5 - 8/10) and lambda_b by 0.2 (0.4 - 5/10); a hard one has none."""
+    target = MomentTarget(("a", "b"), (0.5, 0.4), (0.25, 1.0), track=0.2)
+    state = target.observe(drawn([1, 4, 0, 4, 1]), torch.zeros(10), {}, target.init())
+    assert_six(state["multipliers"], [0.25 - 0.06, 1.0 - 0.02])
+    assert not target.settled(state)
+    assert MomentTarget(("a",), (1.0,), track=0.2).settled(MomentTarget(("a",), (1.0,), track=0.2).init())
+
+
 def test_means_are_over_prompts():
     """Two prompts with shares 1/4 and 3/4 of a feature share one lambda: t/(t + 3) + 3t/(3t + 1) = 1.4, t = e^lambda.
 
@@ -297,6 +306,7 @@ def test_a_long_sequence_is_summed_in_fp32():
         (lambda: MomentTarget(("a",), (0.1, 0.2)), "1 features need as many moments, not 2"),
         (lambda: MomentTarget(("a",), (0.1,), (1.0, 2.0)), "as many multipliers"),
         (lambda: MomentTarget(fit_batches=0), "fit_batches must be at least 1"),
+        (lambda: MomentTarget(track=-1.0), "track must not be negative"),
         (lambda: MomentFeatures(("a", "a")), "each of them once"),
     ],
 )

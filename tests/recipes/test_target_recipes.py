@@ -198,7 +198,6 @@ def test_a_share_of_the_answers_of_a_language_model(tmp_path):
         **{"rollout.num_prompts": 16, "evaluate.before": False, "evaluate.after": False, "train.log_completions": 0},
     )
     fresh = [task.train[len(task.train) - 1 - i] for i in range(128)]
-    before, after = shares(base, fresh, 32), shares(run.path, fresh, 16)
-    wanted = fit_multipliers(before[..., None], torch.tensor([0.5]).double())
-    print(float(before.mean()), float(after.mean()), wanted.kl, run.metrics["moments/uses_multiplication"][-5:])
+    before, after = shares(base, fresh, 16), shares(run.path, fresh, 16)
+    assert float(before.mean()) == pytest.approx(1 / 3, abs=0.05)
     assert float(after.mean()) == pytest.approx(0.5, abs=0.05)

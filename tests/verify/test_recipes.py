@@ -320,9 +320,45 @@ def test_table():
     assert "E_pi[r] - beta KL(pi || ref)" in told.stdout and "holds" in told.stdout
 
 
+LOSS = """
+def loss(log_prob, old_log_prob, advantages, mask):
+    return -((log_prob - old_log_prob).exp() * advantages[:, None] * mask).sum(1).mean()
+"""
+
+
+def test_a_loss_of_ones_own(tmp_path):
+    (tmp_path / "mine.py").write_text(LOSS)
+    place = f"{tmp_path / 'mine.py'}:loss"
+    told = CliRunner().invoke(app, ["verify", place, "--objective", "reward", "--json"], catch_exceptions=False)
+    [found] = json.loads(told.stdout)
+    assert found["status"] == HOLDS and found["follows"] == "E[r]"
+    failing = ["verify", place, "--objective", "kl_policy_ref", "--beta", "0.5", "--strict"]
+    told = CliRunner().invoke(app, failing)
+    assert told.exit_code == 1 and "falls short" in told.stdout and "follows     E[r]" in told.stdout
+    with pytest.raises(ConfigError, match="apart"):
+        CliRunner().invoke(app, ["verify", place, "grpo"], catch_exceptions=False)
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    text = "import keel\nfrom keel.recipes.policy_gradient import rloo\n\n"
+    (tmp_path / "mine.py").write_text(
+        text + "@keel.recipe()\ndef half(beta: float = 0.5):\n    return rloo(beta=beta / 2)\n"
+    )
+    told = CliRunner().invoke(app, ["verify", f"{tmp_path / 'mine.py'}:half", "--json"], catch_exceptions=False)
+    [found] = json.loads(told.stdout)
+    assert found["status"] == SHORT
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "--all"), (["rlo"], "rloo"), (["rloo", "--all"], "both"), (["rloo", "--set", "x=1"], "x")],
+    [
+        ([], "--all"),
+        (["rlo"], "rloo"),
+        (["rloo", "--all"], "both"),
+        (["rloo", "--set", "x=1"], "x"),
+        (["rloo", "--beta", "1"], "loss functions"),
+        (["rloo", "--level", "up"], "state"),
+    ],
 )
 def test_mistakes(arguments, said):
     with pytest.raises(ConfigError, match=said):

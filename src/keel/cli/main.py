@@ -159,18 +159,36 @@ def verify(
     everything: Annotated[bool, typer.Option("--all", help="Every recipe.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Add fixed points, variance, larger groups, precision.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 unless everything holds.")] = False,
+    objective: Annotated[
+        str | None,
+        typer.Option("--objective", help="What a loss is meant for: a divergence to the reference, or reward."),
+    ] = None,
+    level: Annotated[str, typer.Option("--level", help="Of that divergence: sequence or state.")] = "sequence",
+    beta: Annotated[float | None, typer.Option("--beta", help="Its coefficient; also handed to the loss.")] = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Hold methods to their stated objectives on worlds where the exact answer is known."""
-    from keel.cli.verify import run_verify
+    from keel.cli.verify import run_losses, run_verify
     from keel.core.errors import ConfigError
+    from keel.recipes.registry import is_recipe
 
     if not recipe and not everything:
         raise ConfigError("name a recipe, or give --all", "verify", "For example: keel verify grpo rloo.")
     if recipe and everything:
         raise ConfigError("give names or --all, not both", "verify")
-    holds = run_verify(recipe or [], everything, full, pairs(set_), as_json)
+    if level not in ("sequence", "state"):
+        raise ConfigError(f"must be sequence or state, not '{level}'", "--level")
+    losses = [name for name in recipe or [] if not is_recipe(name)]
+    if losses and len(losses) < len(recipe or []):
+        raise ConfigError("recipes and loss functions are verified apart", ", ".join(losses))
+    if not losses and (objective or beta is not None):
+        flag = "--objective" if objective else "--beta"
+        raise ConfigError("is for loss functions; a recipe claims its own objective", flag, "Use --set beta=... there.")
+    if losses:
+        holds = run_losses(losses, objective, level, beta, as_json)
+    else:
+        holds = run_verify(recipe or [], everything, full, pairs(set_), as_json)
     if strict and not holds:
         raise typer.Exit(1)
 

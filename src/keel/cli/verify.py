@@ -9,10 +9,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from keel.cli.show import print_json
+from keel.cli.verify_loss import print_loss
 from keel.verify.entry import verify
+from keel.verify.losses import verify_loss
 from keel.verify.recipes import HOLDS, Verification
 
 STYLE = {"holds": "green", "falls short": "yellow", "no objective": "dim"}
+
+
+def run_losses(names: Sequence[str], objective: str | None, level: str, beta: float | None, as_json: bool) -> bool:
+    """Verify loss functions and print what was found; whether all hold the stated objective."""
+    reports = [verify_loss(name, objective=objective, level=level, beta=beta) for name in names]  # type: ignore[arg-type]
+    if as_json:
+        print_json([plain(report.to_dict()) for report in reports])
+    else:
+        for report in reports:
+            print_loss(report)
+    return all(report.status == HOLDS for report in reports)
 
 
 def run_verify(names: Sequence[str], everything: bool, full: bool, arguments: Mapping[str, Any], as_json: bool) -> bool:
@@ -21,7 +34,7 @@ def run_verify(names: Sequence[str], everything: bool, full: bool, arguments: Ma
     told = None if as_json or not sys.stderr.isatty() else lambda found: console.print(f"  {found.label}", style="dim")
     found = verify(None if everything else list(names), full=full, arguments=arguments, told=told)
     if as_json:
-        print_json([plain(one) for one in found])
+        print_json([plain(one.to_dict()) for one in found])
     else:
         Console().print(table(found, full))
         for one in found:
@@ -30,17 +43,13 @@ def run_verify(names: Sequence[str], everything: bool, full: bool, arguments: Ma
     return all(one.status == HOLDS for one in found)
 
 
-def plain(found: Verification) -> dict[str, Any]:
+def plain(value: Any) -> Any:
     """Values for JSON, in which a number that was not measured is null."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, float) and not abs(value) < float("inf"):
-            return None
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    return clean(found.to_dict())
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def table(found: Sequence[Verification], full: bool) -> Table:

@@ -1,6 +1,11 @@
 """What `keel verify my_loss.py:loss` prints."""
 
+from typing import TYPE_CHECKING
+
 from keel.verify.losses import LossReport, Row
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def print_loss(report: LossReport, as_json: bool = False) -> None:
@@ -30,22 +35,27 @@ def print_loss(report: LossReport, as_json: bool = False) -> None:
 def _verdict(report: LossReport) -> str:
     if report.status == "no objective":
         return "no objective was stated"
-    colour = "green" if report.status == "holds" else "red"
-    return f"[{colour}]{report.status}[/{colour}] (gradient off by {_share(report.gradient_relative_error)} at most)"
+    if report.status == "holds":
+        return "[green]holds[/green] on every world where the policy samples"
+    return f"[red]falls short[/red] (gradient off by up to {_share(report.gradient_relative_error)})"
 
 
-def _table(rows: tuple[Row, ...]):  # type: ignore[no-untyped-def]
+def _table(rows: tuple[Row, ...]) -> "Table":
+    """One line for each kind of world, the worst of its seeds."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("sequences", "reference", "sampled by", "seed"):
+    for column in ("sequences", "reference", "sampled by"):
         table.add_column(column)
-    for column in ("gradient error", "cosine", "scale"):
+    for column in ("gradient error", "cosine"):
         table.add_column(column, justify="right")
-    for row in rows:
-        sampler = "the policy" if row.on_policy else "an older one"
-        numbers = (_share(row.gradient_relative_error), f"{row.cosine:.4f}", f"{row.scale:.4g}")
-        table.add_row(row.lengths, row.distance, sampler, str(row.seed), *numbers)
+    kinds = dict.fromkeys((row.lengths, row.distance, row.on_policy) for row in rows)
+    for lengths, distance, on_policy in kinds:
+        here = [row for row in rows if (row.lengths, row.distance, row.on_policy) == (lengths, distance, on_policy)]
+        error = max(row.gradient_relative_error or 0.0 for row in here)
+        cosine = min(row.cosine or 0.0 for row in here)
+        sampler = "the policy" if on_policy else "an older one"
+        table.add_row(lengths, distance, sampler, _share(error), f"{cosine:.4f}")
     return table
 
 
@@ -53,4 +63,6 @@ def _share(error: float | None) -> str:
     """An error in percent, rounding noise as 0."""
     if error is None:
         return "-"
-    return "0" if error < 1e-6 else f"{100 * error:.2g}%"
+    if error < 1e-6:
+        return "0"
+    return f"{100 * error:.0f}%" if error >= 0.1 else f"{100 * error:.2g}%"

@@ -133,9 +133,27 @@ def recipe_named(name: str) -> Recipe:
     return known[name]
 
 
+def is_recipe(place: str) -> bool:
+    """Whether a name, or `file.py:name`, is that of a recipe; a file that cannot be imported is no matter of this.
+
+    >>> is_recipe("grpo"), is_recipe("package.module:function")
+    (True, False)
+    """
+    if ":" not in place:
+        return True
+    return ".py:" in place and place.rpartition(":")[2] in _recipes_of_file(place.rpartition(":")[0])
+
+
 def _from_file(place: str) -> Recipe:
     """A recipe of a file of one's own."""
     path, _, name = place.rpartition(":")
+    own = _recipes_of_file(path)
+    if name not in own:
+        raise ConfigError(f"has no recipe '{name}'.{nearest(name, own)}", path, f"Recipes: {', '.join(own) or 'none'}.")
+    return replace(own[name], name=place)
+
+
+def _recipes_of_file(path: str) -> dict[str, Recipe]:
     if not Path(path).is_file():
         raise ConfigError("there is no such file", path, "Write it as file.py:recipe.")
     spec = importlib.util.spec_from_file_location(f"keel_recipe_{Path(path).stem}", path)
@@ -145,7 +163,4 @@ def _from_file(place: str) -> Recipe:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ConfigError(f"cannot be imported: {type(error).__name__}: {error}", path) from error
-    own = {n: r for n, r in _RECIPES.items() if r.make.__module__ == module.__name__}
-    if name not in own:
-        raise ConfigError(f"has no recipe '{name}'.{nearest(name, own)}", path, f"Recipes: {', '.join(own) or 'none'}.")
-    return replace(own[name], name=place)
+    return {n: r for n, r in _RECIPES.items() if r.make.__module__ == module.__name__}

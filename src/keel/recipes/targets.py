@@ -73,6 +73,7 @@ def gdc(
     divergence: str = "kl_ref_policy",
     multipliers: Mapping[str, float] | None = None,
     fit_batches: int = 4,
+    track: float = 0.0,
     baseline: Baseline = "leave_one_out",
     samples: Drawn = "old",
     cap: float | None = None,
@@ -91,6 +92,8 @@ def gdc(
         divergence: of policy and target.
         multipliers: name -> lambda; None fits them on the first batches.
         fit_batches: batches from which lambda is fitted.
+        track: after the fit, lambda moves by this times the distance of each batch's mean from its moment; 0 is the
+            paper's, which leaves lambda as it is.
         baseline: none, recent or leave_one_out, as in f_dpg.
         samples: as in f_dpg.
         cap: as in f_dpg.
@@ -105,7 +108,7 @@ def gdc(
     _check_moments(wanted, given, divergence)
     names = tuple(wanted)
     lambdas = None if given is None else tuple(given.get(name, 0.0) for name in names)
-    target = MomentTarget(names, tuple(wanted.values()), lambdas, fit_batches, samples=samples)
+    target = MomentTarget(names, tuple(wanted.values()), lambdas, fit_batches, track, samples=samples)
     claim = Claim("KL(P || pi), P = ref exp(lambda . phi) / Z", "sequence", divergence, None, "target", "moments")
     method = _matching(
         MatchTarget(target, divergence, samples, baseline, cap=cap),

@@ -14,7 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,22 +27,11 @@ from keel.verify.batches import Batch
 Shape = Literal["row", "token"]
 ALIASES: dict[str, tuple[str, ...]] = {
     "log_prob": (
-        "log_probs",
-        "logp",
-        "logps",
-        "logprob",
-        "logprobs",
-        "per_token_logps",
-        "policy_log_prob",
-        "new_log_prob",
+        *("log_probs", "logp", "logps", "logprob", "logprobs", "per_token_logps"),
+        *("policy_log_prob", "new_log_prob"),
     ),
     "old_log_prob": (
-        "old",
-        "old_log_probs",
-        "old_logp",
-        "old_logps",
-        "old_logprob",
-        "old_logprobs",
+        *("old", "old_log_probs", "old_logp", "old_logps", "old_logprob", "old_logprobs"),
         "old_per_token_logps",
     ),
     "rollout_log_prob": ("rollout_log_probs", "behaviour_log_prob", "behavior_log_prob", "sampling_per_token_logps"),
@@ -232,11 +221,6 @@ def depends_on_order(loss: UserLoss, batch: Batch) -> bool:
     return float((values - values[0]).abs().max()) > tolerance * (1 + float(values[0].abs()))
 
 
-def single(loss: UserLoss) -> UserLoss:
-    """The same function in single precision."""
-    return replace(loss, form=replace(loss.form, dtype=torch.float32))
-
-
 def _check_signature(function: Callable[..., Any], name: str) -> None:
     try:
         parameters = inspect.signature(function).parameters
@@ -316,8 +300,9 @@ def _from_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"keel_user_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    folder = str(path.parent.resolve())
     sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.parent.resolve()))  # what lies beside it may be imported
+    sys.path.insert(0, folder)  # what lies beside it may be imported
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
@@ -325,7 +310,8 @@ def _from_file(path: Path) -> Any:
     except Exception as error:
         raise _import_failure(error, path) from error
     finally:
-        sys.path.remove(str(path.parent.resolve()))
+        if folder in sys.path:
+            sys.path.remove(folder)
     return module
 
 

@@ -131,7 +131,7 @@ def candidates(*, on_policy: bool = True) -> tuple[Candidate, ...]:
     gains: tuple[Gain, ...] = ("exact",) if on_policy else ("exact", "surrogate", "no ratio")
     levels: tuple[Level, ...] = ("sequence", "state")
     single = [Distance(kind, level) for level in levels for kind in KINDS]
-    penalties = [((1.0, distance),) for distance in single]
+    penalties: list[tuple[tuple[float, Distance], ...]] = [((1.0, distance),) for distance in single]
     for first in levels:
         for second in levels:
             forward, reverse = Distance("kl_ref_policy", second), Distance("kl_policy_ref", first)
@@ -140,8 +140,8 @@ def candidates(*, on_policy: bool = True) -> tuple[Candidate, ...]:
         penalties += [((1.0, Distance("log_ratio", level)),) for level in levels]
         penalties += [((1.0, Distance(kind, "state", "old")),) for kind in ("kl_policy_ref", "kl_ref_policy")]
     found = [Candidate(gain) for gain in gains]
-    found += [Candidate(gain, penalty) for penalty in penalties for gain in gains]
-    return (*found, *(Candidate(None, penalty) for penalty in penalties))
+    found += [Candidate(None, penalty) for penalty in penalties]
+    return (*found, *(Candidate(gain, penalty) for penalty in penalties for gain in gains))
 
 
 def gain_gradient(gain: Gain, world: World) -> Float[Tensor, "X V"]:
@@ -246,12 +246,20 @@ def _described(residual: float, candidate: Candidate, coefficients: list[np.ndar
     else:
         ratios = [float(c[1] / c[0]) if c[0] else float("inf") for c in coefficients]
         low, high = min(ratios), max(ratios)
+        low, high = (0.0 if abs(ratio) < EXACT else ratio for ratio in (low, high))
         beta = ratios[0] if high - low <= 1e-5 * max(abs(low), abs(high)) else None
         text = candidate.text(beta, (low, high))
     if candidate.gain is not None and max(scale) < 0:
         text = f"the opposite of {text}"
-    text = text if exact else f"nearest: {text}; misses by {100 * residual:.2g}%"
+    if not exact:
+        text = (
+            f"{'nearest' if residual < 0.1 else 'nothing on the list; nearest'}: {text}; misses by {_percent(residual)}"
+        )
     return Identified(text, exact, residual, beta, scale, candidate)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
 def _any_sign(columns: np.ndarray, target: np.ndarray) -> np.ndarray:

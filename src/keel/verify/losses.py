@@ -7,14 +7,15 @@ worlds near the reference and far from it, with sequences of one length and of s
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keel.core.errors import UserError, nearest
-from keel.divergences.family import ALIASES, NAMES, f_divergence
+from keel.core.errors import UserError
+from keel.divergences.family import f_divergence
 from keel.verify.batches import (
     SPACES,
     Baseline,
@@ -137,7 +138,7 @@ def verify_loss(
     def gradient(world: World) -> Float[Tensor, "X V"]:
         return expected_gradient(called, world, group, baseline=baseline, ordered=ordered)
 
-    live, past = Identifier(on), Identifier(off, on_policy=False)
+    live, past = _identifiers(on, off)
     found = {s: gradient(i.worlds[s]) for i in (live, past) for s in i.where}
     rows = [_row(s, found[s], meant, i.worlds[s]) for i in (live, past) for s in i.where]
     follows = live.identify(found)
@@ -161,6 +162,12 @@ def verify_loss(
         arguments=called.arguments,
         precision=str(called.form.dtype).removeprefix("torch."),
     )
+
+
+@cache
+def _identifiers(on: tuple[Situation, ...], off: tuple[Situation, ...]) -> tuple[Identifier, Identifier]:
+    """They do not depend on the loss, so one pair serves all."""
+    return Identifier(on), Identifier(off, on_policy=False)
 
 
 def field_asymmetry(gradient: Callable[[World], Float[Tensor, "X V"]], world: World, step: float = 1e-4) -> float:
@@ -187,10 +194,7 @@ def _objective(name: str | None, level: Level, beta: float | None, loss: UserLos
     try:
         kind = f_divergence(name)
     except ValueError as error:
-        known = ("reward", *NAMES, *ALIASES)
-        raise UserError(
-            str(error), "--objective", None if "Did you mean" in str(error) else nearest(name, known)
-        ) from None
+        raise UserError(str(error), "--objective", "Or reward, for E[r] alone.") from None
     coefficient = beta if beta is not None else loss.default_beta
     if coefficient is None:
         raise UserError(f"the coefficient of {name} is not stated", "--objective", "Add --beta 0.1.")
@@ -251,9 +255,7 @@ def _findings(
     }
     equal, ended = worst.values()
     if equal <= tolerance < ended:
-        texts.append(
-            "exact where all sequences have one length; where lengths differ, short and long ones are reweighted"
-        )
+        texts.append("exact where all sequences have one length; short and long ones get different weights")
     return texts
 
 

@@ -276,11 +276,12 @@ class MomentTarget:
         moments: the mean that each shall have.
         multipliers: lambda; None fits it. That of a moment of 0 or 1 is not used.
         fit_batches: batches from which lambda is fitted.
+        track: step of lambda after the fit; 0 leaves it as it is.
         against: name of the reference.
         samples: what draws the rows, where that is measured when a batch is observed; else what was recorded.
 
     Raises:
-        ValueError: not one moment, or multiplier, for each name; fit_batches below 1.
+        ValueError: not one moment, or multiplier, for each name; fit_batches below 1, or track below 0.
         UserError: after the last fit, a moment that nothing near the reference can have.
 
     Source: "A Distributional Approach to Controlled Text Generation", 2021.
@@ -290,6 +291,7 @@ class MomentTarget:
     moments: tuple[float, ...] = (0.5,)
     multipliers: tuple[float, ...] | None = None
     fit_batches: int = 4
+    track: float = 0.0
     against: str = "ref"
     samples: Samples = "old"
 
@@ -300,6 +302,8 @@ class MomentTarget:
                 raise ValueError(f"{len(self.names)} features need as many {what}, not {len(values)}")
         if self.fit_batches < 1:
             raise ValueError(f"fit_batches must be at least 1, not {self.fit_batches}")
+        if not self.track >= 0:
+            raise ValueError(f"track must not be negative, got {self.track}")
 
     @property
     def needs(self) -> tuple[Functional, ...]:
@@ -324,6 +328,9 @@ class MomentTarget:
 
     def settled(self, state: Memory) -> bool:
         """Whether the multipliers stay as they are."""
+        return self._done(state) and (self.track == 0 or not self.fitted)
+
+    def _done(self, state: Memory) -> bool:
         return bool(state["batches"] >= self.fit_batches)
 
     def __call__(self, rows: Rows, stats: Stats, state: Memory) -> Float[Tensor, "B"]:
@@ -357,9 +364,14 @@ class MomentTarget:
         valid = (weight > 0) & ~phi.isnan().any(1)
         for k, name in enumerate(self.names):
             metrics[f"moments/{name}"] = float(weighted_mean(phi[:, k], weight * valid))
-        if not self.settled(state) and bool(valid.any()):
+        if not self._done(state) and bool(valid.any()):
             log_weight = log_weight.double().cpu() + weight.log()  # enumerated rows count at their probability
             state = self._fit(rows.group.cpu()[valid], phi[valid], log_weight[valid], metrics, state)
+        elif self.track and bool(valid.any()):
+            multipliers = state["multipliers"].clone()
+            for k in self.fitted:
+                multipliers[k] += self.track * (self.moments[k] - metrics[f"moments/{self.names[k]}"])
+            state = state | {"multipliers": multipliers}
         for k in self.fitted:
             metrics[f"multipliers/{self.names[k]}"] = float(state["multipliers"][k])
         return state
