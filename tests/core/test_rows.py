@@ -160,3 +160,17 @@ def test_shapes_are_checked():
         make(token_reward=torch.ones(3, 6))
     with pytest.raises(jaxtyping.TypeCheckError):
         make(group=torch.zeros(3))  # floats for integers
+
+
+def test_vectors_of_a_row_are_never_cut_as_tokens():
+    """Two features beside two tokens: trimming and padding change the tokens alone."""
+    mask = torch.tensor([[True, False], [True, False]])
+    rows = Rows.build(torch.zeros(2, 1, dtype=torch.long), mask[:, :1], torch.zeros(2, 2, dtype=torch.long), mask)
+    rows = rows.with_(features={"moments": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+    assert rows.trim().tokens.shape == (2, 1) and rows.padded(1, 5).tokens.shape == (2, 5)
+    for changed in (
+        rows.trim(),
+        rows.padded(1, 5),
+        cat([rows.select(torch.tensor([0])), rows.select(torch.tensor([1]))]),
+    ):
+        assert torch.equal(changed.features["moments"], rows.features["moments"])

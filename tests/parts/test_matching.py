@@ -150,7 +150,7 @@ def test_a_hard_constraint():
     """Outcomes 1 and 3 only. JS is finite, and its gradient that of the value; a group without them is left out."""
     target = MomentTarget(("a",), (1.0,))
     rows = enumerated(POLICY)
-    rows = rows.with_(columns={"moments": rows.columns["moments"][:, :1]})
+    rows = rows.with_(features={"moments": rows.features["moments"][:, :1]})
     loss = MatchTarget(target, "js", "policy", "none")
     value, gradient = evaluated(loss, rows)
     p, q = POLICY, torch.tensor([0, 5 / 7, 0, 2 / 7, 0], dtype=torch.float64)

@@ -35,7 +35,7 @@ MODELS = {"policy": POLICY, "old": OLD, "ref": REF, "teacher": TEACHER}
 
 def enumerated(sampler=REF, reward=REWARD) -> Rows:
     rows = SequenceSpace(5, 1).rows()
-    return rows.with_(weight=sampler, exact=True, reward=reward[:, None], columns={"moments": PHI})
+    return rows.with_(weight=sampler, exact=True, reward=reward[:, None], features={"moments": PHI})
 
 
 def drawn(counts, reward=REWARD, group=0) -> Rows:
@@ -162,7 +162,7 @@ def test_hard_constraints(moments, wanted):
 
 def test_a_pointwise_constraint_alone():
     target = MomentTarget(("a",), (1.0,))
-    rows = enumerated().with_(columns={"moments": PHI[:, :1]})
+    rows = enumerated().with_(features={"moments": PHI[:, :1]})
     score = target(rows, statistics(rows), target.init())
     assert_six(normalised(score), [0, 0.714286, 0, 0.285714, 0])
     assert_six(-score.logsumexp(0), 1.049822)  # KL(P || ref)
@@ -222,7 +222,7 @@ def test_means_are_over_prompts():
     """
     target = MomentTarget(("a",), (0.7,), fit_batches=1)
     phi = torch.tensor([1, 0, 0, 0, 1, 1, 1, 0], dtype=torch.float64)[:, None]
-    rows = drawn([8, 0, 0, 0, 0]).with_(columns={"moments": phi}, group=torch.arange(8) // 4)
+    rows = drawn([8, 0, 0, 0, 0]).with_(features={"moments": phi}, group=torch.arange(8) // 4)
     state = target.observe(rows, torch.zeros(8), {}, target.init())
     t = (4 + math.sqrt(16 + 4 * 1.8 * 4.2)) / 3.6
     assert float(state["multipliers"][0]) == pytest.approx(math.log(t), abs=1e-9)
@@ -232,7 +232,7 @@ def test_out_of_reach():
     """Feature a is on 7 of 20 rows; without them no weights give it a mean of 1/2."""
     target = MomentTarget(("a",), (0.5,), fit_batches=2)
     rows = drawn([8, 0, 4, 0, 1])
-    rows = rows.with_(columns={"moments": PHI[rows.tokens[:, 0], :1]})
+    rows = rows.with_(features={"moments": PHI[rows.tokens[:, 0], :1]})
     state = target.observe(rows, torch.zeros(13), {}, target.init())
     assert state["multipliers"].tolist() == [0.0]
     with pytest.raises(UserError, match=r"moment 0 = 0\.5 cannot be reached.*raise num_generations"):
@@ -243,7 +243,7 @@ def test_just_within_reach_before_the_last_fit():
     """A mean of 5 of the reward, which is at most 2: for now 2% of its range below the largest, 2 - 0.04 = 1.96."""
     target = MomentTarget(("reward",), (5.0,), fit_batches=2)
     rows = drawn([8, 5, 4, 2, 1])
-    rows = rows.with_(columns={"moments": rows.reward})
+    rows = rows.with_(features={"moments": rows.reward})
     state = target.observe(rows, torch.zeros(20), {}, target.init())
     tilted = (REF.log() + state["multipliers"][0] * REWARD).softmax(0)
     assert float(tilted @ REWARD) == pytest.approx(1.96)
@@ -255,7 +255,7 @@ def test_features_of_reward_functions():
 
     def column(names, **recorded):
         given = rows.with_(columns={f"rewards/{name}": value for name, value in recorded.items()})
-        return MomentFeatures(names)(given, Stats()).columns["moments"].nan_to_num(-1.0).tolist()
+        return MomentFeatures(names)(given, Stats()).features["moments"].nan_to_num(-1.0).tolist()
 
     assert column(("reward",)) == [[1], [2], [-1]]
     assert column(("right", "form")) == [[1, -1], [0, 2], [-1, -1]]
@@ -266,12 +266,12 @@ def test_features_of_reward_functions():
     with pytest.raises(UserError, match="there is no reward 'form'"):
         column(("form",))  # two rewards without names: which is it?
     summed = WeightedSum()(MomentFeatures(("right", "form"))(rows, Stats()), Stats())
-    assert summed.columns["moments"].shape == (3, 2) and summed.reward.shape == (3, 1)
+    assert summed.features["moments"].shape == (3, 2) and summed.reward.shape == (3, 1)
 
 
 def test_rows_without_features():
-    rows = drawn([1, 1, 1, 1, 1]).with_(columns={})
-    with pytest.raises(KeelError, match="no column 'moments' with 2 features"):
+    rows = drawn([1, 1, 1, 1, 1]).with_(features={})
+    with pytest.raises(KeelError, match="no 'moments' of 2 features"):
         MOMENTS(rows, statistics(rows), MOMENTS.init())
 
 

@@ -72,7 +72,8 @@ class Rows:
 
     `mask` is True on tokens that a model chose, EOS included, and False on tool output and padding. `weight` is 1 for
     samples and pi(y) for enumerated rows (then `exact` is True). `row` is unique in a run and seeds the randomness of a
-    row. `logp` holds recorded numbers only; computed ones live in the statistics.
+    row. `logp` holds recorded numbers only; computed ones live in the statistics. `columns` is whatever else a part
+    leaves for another, [B] or per token; `features` is the same for vectors of whole rows, which have no tokens to cut.
     """
 
     prompt_ids: Int[Tensor, "B P"]
@@ -99,6 +100,7 @@ class Rows:
     segment: Int[Tensor, "B T"] | None = None
     pairs: Pairs | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Float[Tensor, "B _"]] = field(default_factory=dict)
     totals: Totals | None = None
 
     @staticmethod

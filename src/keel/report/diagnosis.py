@@ -266,8 +266,8 @@ def _target_weights(run: _Run) -> Iterator[Finding]:
     if level is not None:
         yield Finding(
             level,
-            f"The weights that stand for data of the reference leave an effective sample size of {share:.0%}: the policy "
-            "has gone far from it. Lower train.learning_rate, or raise real_fraction.",
+            f"The weights that stand for data of the reference leave an effective sample size of {share:.0%}: the "
+            "policy has gone far from it. Lower train.learning_rate, or raise real_fraction.",
             "train.learning_rate",
         )
 

@@ -4,15 +4,17 @@ checkpoint-N/    weights and tokenizer as `from_pretrained` reads them
   keel/          optimiser, heads, moving models, states, position, and a manifest with a checksum of every file
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,24 +28,48 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "keel/manifest.json"
+STATE = "keel/state.json"
 
 
 def save_checkpoint(session: "Session") -> Path:
-    """Write the session's state; older checkpoints beyond `save_total_limit` are removed afterwards."""
+    """Write the session's state; older checkpoints beyond `save_total_limit` are removed afterwards.
+
+    A sound checkpoint of the same step holds the same state already, so it stays.
+
+    Raises:
+        CheckpointError: it cannot be written, because the disk is full for example; the earlier ones are untouched.
+    """
     assert session.path is not None
     step = session.position.step
     final = session.path / f"checkpoint-{step}"
+    if final.is_dir() and damage(final) is None:
+        return final
     temporary = session.path / f".checkpoint-{step}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "keel").mkdir(parents=True)
-    save(session.policy, temporary)
-    _write_tensors(temporary / "keel/optimiser.safetensors", session.optimiser.tensors())
-    _write_tensors(temporary / "keel/heads.safetensors", _heads(session))
+    try:
+        _write(session, temporary)
+        _put_in_place(temporary, final)
+    except CheckpointError:
+        shutil.rmtree(temporary, ignore_errors=True)  # what was written would fill the disk for nothing
+        raise
+    earlier = [old for old in checkpoints(session.path) if _step(old) < step]
+    for old in earlier[: max(0, len(earlier) + 1 - session.config.train.save_total_limit)]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _write(session: "Session", folder: Path) -> None:
+    with _explained(folder):
+        (folder / "keel").mkdir(parents=True)
+    with _explained(folder / "model.safetensors"):
+        save(session.policy, folder)
+    _write_tensors(folder / "keel/optimiser.safetensors", session.optimiser.tensors())
+    _write_tensors(folder / "keel/heads.safetensors", _heads(session))
     for name, source in session.sources.items():
         if source.moving:
-            _write_tensors(temporary / f"keel/model-{name}.safetensors", source.tensors())
+            _write_tensors(folder / f"keel/model-{name}.safetensors", source.tensors())
     states, tensors = _split(session.states)
-    _write_tensors(temporary / "keel/states.safetensors", tensors)
+    _write_tensors(folder / "keel/states.safetensors", tensors)
     facts = {
         "format": FORMAT,
         "position": asdict(session.position),
@@ -52,24 +78,66 @@ def save_checkpoint(session: "Session") -> Path:
         "controllers": session.controller_states,
         "last_metrics": session.metrics[-1] if session.metrics else {},
     }
-    (temporary / "keel/state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    manifest = {str(p.relative_to(temporary)): _digest(p) for p in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for file in [*files, temporary / MANIFEST]:
-        _flush(file)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
-    _flush(session.path)
-    for old in checkpoints(session.path)[: -session.config.train.save_total_limit]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+    with _explained(folder / STATE):
+        (folder / STATE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    with _explained(folder / MANIFEST):
+        manifest = {str(p.relative_to(folder)): _digest(p) for p in files}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for place in [*files, folder / MANIFEST, folder / "keel", folder]:
+        with _explained(place):
+            _flush(place)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Rename what was written; a damaged checkpoint of the same step goes only when the new one is there."""
+    aside = final.with_name(f".{final.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    with _explained(final):
+        if final.exists():
+            os.rename(final, aside)
+        os.rename(temporary, final)
+        _flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    """Say which file cannot be written, and what to do; the libraries that write raise errors of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"this checkpoint cannot be written ({reason})",
+            str(place),
+            "Make room on the disk (or raise its quota) and continue with --resume; earlier checkpoints are untouched.",
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, whenever the process is killed."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what a process left that was killed while it wrote; nobody else may be working on the run."""
+    for ending in ("writing", "damaged"):
+        for left in path.glob(f".checkpoint-*.{ending}"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def checkpoints(path: Path) -> list[Path]:
     """Complete or damaged, the oldest first."""
     found = [p for p in path.glob("checkpoint-*") if p.name.split("-")[-1].isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
 
 
 def newest_sound(path: Path) -> tuple[Path | None, list[str]]:
@@ -89,11 +157,17 @@ def damage(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "its manifest cannot be read"
+    if not isinstance(manifest, dict) or STATE not in manifest:
+        return "its manifest cannot be read"
     for name, digest in manifest.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if _digest(file) != digest:
+        try:
+            found = _digest(file)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if found != digest:
             return f"{name} was changed"
     return None
 
@@ -104,11 +178,18 @@ def restore(session: "Session", checkpoint: Path) -> None:
     Raises:
         CheckpointError: it was written by another version of Keel, or does not fit the method.
     """
-    facts = json.loads((checkpoint / "keel/state.json").read_text(encoding="utf-8"))
-    if facts["format"] != FORMAT:
-        raise CheckpointError(f"has format {facts['format']}, this version reads {FORMAT}", str(checkpoint))
-    for key, value in facts["position"].items():
-        setattr(session.position, key, value)
+    facts = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(f"has format {facts.get('format')}, this version reads {FORMAT}", str(checkpoint))
+    try:
+        _restore(session, checkpoint, facts)
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"does not fit this run ({what})", str(checkpoint)) from error
+
+
+def _restore(session: "Session", checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    session.position = type(session.position)(**facts["position"])
     session.optimiser.restore(load_file(checkpoint / "keel/optimiser.safetensors"), facts["updates"])
     tensors = load_file(checkpoint / "keel/heads.safetensors")
     for name, head in session.heads.items():
@@ -161,7 +242,8 @@ def _joined(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path)
+    with _explained(path):
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path)
 
 
 def _digest(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from keel.core.choice import counter_seed
-from keel.core.errors import ConfigError, KeelError, RunError
+from keel.core.errors import CheckpointError, KeelError, RunError
 from keel.core.policy import PolicyModel
 from keel.evaluate.evaluation import Evaluation
 from keel.models.language import LanguageModel
@@ -22,12 +22,13 @@ from keel.models.load import checksum
 from keel.parts.rewards.worker import RewardTimeout
 from keel.report.run import write_report
 from keel.store.store import Store
-from keel.train.checkpoint import newest_sound, restore, save_checkpoint
-from keel.train.configuration import Configuration, differences
+from keel.train.checkpoint import damage, newest_sound, remove_unfinished, restore, save_checkpoint, write_text
+from keel.train.configuration import Configuration, differences, read_file
 from keel.train.measure import measure_policy
 from keel.train.online import run
 from keel.train.session import Reporter, Session, build_session, reward_functions, silent
 from keel.train.setup import IN_MEMORY, Setup, load_model
+from keel.train.tracking import tracked
 
 
 class Stopped(KeelError):
@@ -64,14 +65,11 @@ def execute(setup: Setup, runs: Path, *, resume: bool = False, report: Reporter 
     config = setup.config
     path = runs / config.name
     finished = _finished(path) if resume else None
-    if path.exists() and not resume:
-        raise RunError("there is a run of that name", str(path), "Continue it with --resume, or choose another --name.")
     if finished is not None:
         _check_same(config, path)
         report("note", {"text": f"{path} is finished"})
-        return _reopened(path, runs, config, finished, setup)
-    fresh = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
+        return _reopened(path, runs, config, finished)
+    fresh = _made(path, resume)
     with _only_one(path), Store(runs / "keel.sqlite") as store:
         try:
             session = _open(setup, path, store, resume, report)
@@ -79,22 +77,37 @@ def execute(setup: Setup, runs: Path, *, resume: bool = False, report: Reporter 
             if fresh:
                 shutil.rmtree(path, ignore_errors=True)
             raise
-        try:
-            return _carry_out(setup, session, report)
-        except KeyboardInterrupt:
-            _end(session, "stopped", save=True)
-            raise Stopped("stopped; continue with --resume", str(path)) from None
-        except RewardTimeout:
-            _end(session, "failed", save=True)
-            raise
-        except Stopped:
-            _end(session, "stopped", save=True)
-            raise
-        except Exception:
-            _end(session, "failed", save=False)
-            raise
-        finally:
-            session.close()
+        with _stop_on_signal(session):
+            try:
+                return _carry_out(setup, session, report)
+            except KeyboardInterrupt:  # in the middle of an update, perhaps: nothing of that may be saved
+                _end(session, "stopped", save=False)
+                raise Stopped("stopped at once; continue with --resume", str(path)) from None
+            except RewardTimeout:
+                session.give_up_step()
+                _end(session, "failed", save=True)
+                raise
+            except Stopped:
+                _end(session, "stopped", save=True)
+                raise
+            except Exception:
+                _end(session, "failed", save=False)
+                raise
+            finally:
+                session.close()
+
+
+def _made(path: Path, resume: bool) -> bool:
+    """Make the folder of a run; whether it was not there."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        if not resume:
+            raise RunError(
+                "there is a run of that name", str(path), "Continue it with --resume, or choose another --name."
+            ) from None
+        return False
+    return True
 
 
 def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter) -> Session:
@@ -104,7 +117,14 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
     if resume:
         if (path / "config.yaml").exists():
             _check_same(config, path)
+        remove_unfinished(path)
         checkpoint, complaints = newest_sound(path)
+        if checkpoint is None and complaints:
+            raise CheckpointError(
+                "none of its checkpoints is sound: " + "; ".join(complaints),
+                str(path),
+                "Nothing was changed. Put back a copy of a checkpoint, or start a run of another --name.",
+            )
         for complaint in complaints:
             report("warning", {"text": complaint})
         if checkpoint is None:
@@ -117,7 +137,7 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
     if checkpoint is not None:
         policy = load_model(config.model, checkpoint, None, config.seed, adapted=config.model.lora_rank > 0)
     if checkpoint is None or not (path / "config.yaml").exists():
-        (path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        write_text(path / "config.yaml", config.to_yaml())
     _check_initial(path, initial, setup, fresh=checkpoint is None)
     session = build_session(config, setup.task, policy, setup.rewards, initial if checkpoint is not None else None)
     session.path, session.store, session.report = path, store, report
@@ -138,7 +158,7 @@ def _carry_out(setup: Setup, session: Session, report: Reporter) -> Run:
     if wanted is not None and wanted.before and fresh and (found := _measure(session, setup, "before", report)):
         measured["before"] = found
     session.measure = lambda phase: _measure(session, setup, phase, report)
-    with _stop_on_signal(session), _tracked(session):
+    with tracked(session):
         report(
             "phase",
             {"name": "train", "steps": config.train.max_steps, "start": session.position.step, "text": config.name},
@@ -164,6 +184,13 @@ def _measure(session: Session, setup: Setup, phase: str, report: Reporter) -> Ev
     )
     count = min(config.evaluate.num_prompts, len(session.task.held_out))
     report("phase", {"name": phase, "steps": count, "text": f"measuring {phase} training"})
+    session.begun = None  # the step before this is done
+
+    def progress(done: int, total: int) -> None:
+        if session.stopping():
+            raise Stopped(f"stopped while measuring {phase} training; continue with --resume", str(session.path))
+        report("progress", {"done": done, "total": total})
+
     reference: PolicyModel | None = session.sources.get("ref")
     if reference is None and phase != "before" and setup.source is not session.policy.module:
         reference = _initial_reference(setup, session)
@@ -178,7 +205,7 @@ def _measure(session: Session, setup: Setup, phase: str, report: Reporter) -> Ev
         reference=session.policy if phase == "before" else reference,
         generator=config.train.generator,
         max_tokens=config.train.max_tokens,
-        progress=lambda done, total: report("progress", {"done": done, "total": total}),
+        progress=progress,
     )
     assert session.store is not None and session.run_id is not None
     session.store.log_evaluation(session.run_id, session.position.step, phase, evaluation.to_json())
@@ -214,24 +241,25 @@ def _finish(session: Session, measured: dict[str, Evaluation], report: Reporter)
     store.finish(run_id, "finished", summary)
     metrics = store.metrics(run_id)
     write_report(path)
-    (path / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_text(path / "summary.json", json.dumps(summary, indent=1))
     report("done", {"summary": summary, "evaluations": measured, "path": path, "metrics": metrics})
     return Run(path, session.policy.module, session.policy.tokenizer, metrics, summary, measured, config)
 
 
 def _finished(path: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None if its last checkpoint is damaged, so that its last steps are done again."""
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return summary if summary.get("status") == "finished" else None
+    if not isinstance(summary, dict) or summary.get("status") != "finished":
+        return None
+    return summary if damage(path / str(summary.get("checkpoint"))) is None else None
 
 
 def _check_same(config: Configuration, path: Path) -> None:
     """Refuse to resume under another configuration; the differing keys are named."""
-    before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    now = yaml.safe_load(config.to_yaml())
-    found = differences(before, now)
+    found = differences(read_file(path / "config.yaml"), yaml.safe_load(config.to_yaml()))
     if found:
         raise RunError(
             "the configuration has changed: " + "; ".join(found[:8]),
@@ -245,26 +273,27 @@ def _check_initial(path: Path, initial: LanguageModel, setup: Setup, fresh: bool
     file = path / "initial.json"
     found = checksum(initial.module)
     if fresh:
-        file.write_text(
-            json.dumps(
-                {"path": str(setup.source) if isinstance(setup.source, (str, Path)) else IN_MEMORY, "checksum": found},
-                indent=1,
-            ),
-            encoding="utf-8",
-        )
+        name = str(setup.source) if isinstance(setup.source, (str, Path)) else IN_MEMORY
+        write_text(file, json.dumps({"path": name, "checksum": found}, indent=1))
         return
-    before = json.loads(file.read_text(encoding="utf-8"))["checksum"]
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))["checksum"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"it cannot be read which model this run began with ({type(error).__name__})",
+            str(file),
+            "Put the file back, or start a run of another --name.",
+        ) from error
     if before != found:
         raise RunError(
             "the initial model is not the one that this run began with", str(path), "Give the same --model, unchanged."
         )
 
 
-def _reopened(path: Path, runs: Path, config: Configuration, summary: dict[str, Any], setup: Setup) -> Run:
-    checkpoint, _ = newest_sound(path)
-    if checkpoint is None:
-        raise RunError("the run is finished, but its checkpoint is gone", str(path))
-    model = load_model(config.model, checkpoint, None, config.seed, adapted=config.model.lora_rank > 0)
+def _reopened(path: Path, runs: Path, config: Configuration, summary: dict[str, Any]) -> Run:
+    model = load_model(
+        config.model, path / summary["checkpoint"], None, config.seed, adapted=config.model.lora_rank > 0
+    )
     with Store(runs / "keel.sqlite", readonly=True) as store:
         stored = store.run(config.name)
         measured = {e.phase: Evaluation.from_json(e.evaluation) for e in store.evaluations(stored.id)}
@@ -285,10 +314,12 @@ def _run_id(store: Store, config: Configuration, resume: bool) -> int:
 def _end(session: Session, status: str, save: bool) -> None:
     """What can still be written when a run ends early."""
     assert session.store is not None and session.run_id is not None
-    if save:
-        save_checkpoint(session)
-    with contextlib.suppress(KeelError):
-        session.store.finish(session.run_id, status, {"steps": session.position.step})
+    try:
+        if save:
+            save_checkpoint(session)
+    finally:
+        with contextlib.suppress(KeelError):
+            session.store.finish(session.run_id, status, {"steps": session.position.step})
 
 
 @contextlib.contextmanager
@@ -305,37 +336,31 @@ def _only_one(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tracked(session: Session) -> Iterator[None]:
-    """Metrics go to the trackers of the configuration, through Accelerate."""
-    names = list(session.config.train.trackers)
-    if not names or session.path is None:
-        yield
-        return
-    from accelerate import Accelerator
-
-    try:
-        accelerator = Accelerator(log_with=names, project_dir=str(session.path), cpu=True)
-        accelerator.init_trackers("keel", config={"recipe": str(session.config.recipe), "seed": session.config.seed})
-    except (ValueError, ImportError) as error:
-        raise ConfigError(str(error), "train.trackers", "Install it: pip install 'keel-rl[trackers]'.") from error
-    session.trackers.append(lambda metrics, step: accelerator.log(dict(metrics), step=step))
-    try:
-        yield
-    finally:
-        session.trackers.clear()
-        accelerator.end_training()
-
-
-@contextlib.contextmanager
 def _stop_on_signal(session: Session) -> Iterator[None]:
-    """SIGTERM ends the loop after the step in progress; the checkpoint is written then."""
+    """SIGTERM and Ctrl-C end the loop after the step in progress; a second Ctrl-C ends it at once.
+
+    Told a second time by SIGTERM the run still writes its checkpoint first.
+    """
+    told = threading.Event()
+
+    def stopping() -> bool:
+        session.begin_step()  # asked before each step
+        return told.is_set()
+
+    def interrupt(*_: Any) -> None:
+        if told.is_set():
+            raise KeyboardInterrupt
+        told.set()
+        session.report("warning", {"text": "stopping after this step; interrupt again to stop at once"})
+
+    session.stopping = stopping
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    told = threading.Event()
-    session.stopping = told.is_set
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    handlers: dict[int, Any] = {signal.SIGTERM: lambda *_: told.set(), signal.SIGINT: interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -168,7 +168,9 @@ def score_round(
                 "warning", {"text": f"reward '{name}' failed for {errors} groups, which are left out: {reason}"}
             )
     own = torch.tensor([example.index for example in owners], device=rows.device)
-    rows = rows.with_(reward=scores.values.to(rows.device), data_index=own)
+    values = scores.values.to(rows.device)
+    named = {f"rewards/{name}": values[:, k] for k, name in enumerate(scores.names)}
+    rows = rows.with_(reward=values, data_index=own, columns={**rows.columns, **named})
     said: list[tuple[Text, str]] = [(e.prompt, text) for e, text in zip(owners, texts, strict=True)]
     return rows, said, scores.failed.to(rows.device), metrics
 

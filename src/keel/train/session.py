@@ -1,7 +1,8 @@
 """Everything that a run holds while it runs."""
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,22 @@ class Session:
     measure: Callable[[str], Any] | None = None  # evaluates on held-out prompts, in a phase of that name
     trackers: list[Callable[[Mapping[str, float], int], None]] = field(default_factory=list)
     order: tuple[int, list[int]] | None = None  # the order of the examples in the current pass
+    begun: tuple[Position, dict[str, Any]] | None = None  # what the step in progress may have changed before its update
 
     @property
     def several_updates(self) -> bool:
         """Whether a batch is used for more than one optimiser step."""
         train = self.config.train
         return train.num_minibatches * train.num_iterations > 1
+
+    def begin_step(self) -> None:
+        """Note where the run stands, so that a step can be given up before its update."""
+        self.begun = replace(self.position), copy.deepcopy(self.controller_states)
+
+    def give_up_step(self) -> None:
+        """Go back to where the step in progress began, so that it is done again from its first prompt."""
+        if self.begun is not None:
+            self.position, self.controller_states = self.begun
 
     def close(self) -> None:
         """End the reward workers."""

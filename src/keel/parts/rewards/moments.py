@@ -11,7 +11,7 @@ from keel.core.registry import part
 from keel.core.rows import Rows
 from keel.statistics.stats import Stats
 
-COLUMN = "moments"
+FEATURES = "moments"
 TOTAL = "reward"
 RECORDED = "rewards/"  # prefix of the columns in which the loop records each reward by name
 
@@ -19,7 +19,7 @@ RECORDED = "rewards/"  # prefix of the columns in which the loop records each re
 @part("moment_features", paper=3)
 @dataclass(frozen=True)
 class MomentFeatures:
-    """Puts reward functions into the column `moments`, [B, K], before they are summed: the features phi of a target.
+    """Keeps reward functions as the features phi of a target, `rows.features["moments"]`, before they are summed.
 
     The name `reward` stands for the sum of all rewards. Where the rows do not say which reward is whose, the names are
     those of the reward columns in their order.
@@ -42,7 +42,7 @@ class MomentFeatures:
         if rows.reward is None:
             raise ValueError("these rows have no reward")
         features = torch.stack([self._feature(rows, rows.reward, name) for name in self.names], 1)
-        return rows.with_(columns={**rows.columns, COLUMN: features})
+        return rows.with_(features={**rows.features, FEATURES: features})
 
     def _feature(self, rows: Rows, reward: Float[Tensor, "B K"], name: str) -> Float[Tensor, "B"]:
         if name == TOTAL:

@@ -24,7 +24,7 @@ from keel.targets.moments import MomentFit, fit_multipliers
 
 Samples = Literal["policy", "old", "behaviour", "reference"]
 Memory = dict[str, Any]
-MOMENTS = "moments"  # the column in which `moment_features` leaves the features of each row
+MOMENTS = "moments"  # under which `moment_features` leaves the features of each row
 
 
 @runtime_checkable
@@ -349,9 +349,9 @@ class MomentTarget:
         Raises:
             KeelError: the rows have no column for it, or one of another width.
         """
-        phi = rows.columns.get(MOMENTS)
+        phi = rows.features.get(MOMENTS)
         if phi is None or phi.shape[1] != len(self.names):
-            raise KeelError(f"the rows have no column '{MOMENTS}' with {len(self.names)} features", "moment_target")
+            raise KeelError(f"the rows have no '{MOMENTS}' of {len(self.names)} features", "moment_target")
         return phi
 
     def observe(self, rows: Rows, log_weight: Float[Tensor, "B"], metrics: dict, state: Memory) -> Memory:

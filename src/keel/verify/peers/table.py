@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from statistics import median
 
 from jaxtyping import Float
 from torch import Tensor
@@ -46,10 +47,10 @@ class Worlds:
         chosen = [s for s in self.where if lengths in (None, s.lengths)]
         return {s: expected_gradient(option.loss, self.identifier.worlds[s], group) for s in chosen}
 
-    def error(self, found: Gradients, objective: Objective, **facts: str) -> float:
-        """The largest relative error over the worlds of which `facts` are true."""
+    def errors(self, found: Gradients, objective: Objective, **facts: str) -> list[float]:
+        """The relative error in each world of which `facts` are true."""
         chosen = [s for s in found if all(getattr(s, name) == value for name, value in facts.items())]
-        return max(self._error(found[s], objective, s) for s in chosen)
+        return [self._error(found[s], objective, s) for s in chosen]
 
     def _error(self, gradient: Float[Tensor, "X V"], objective: Objective, where: Situation) -> float:
         world = self.identifier.worlds[where]
@@ -73,24 +74,24 @@ class Line:
 def kl_cells(option: Option, worlds: Worlds) -> Cells:
     """Errors against the objective over sequences and per state, near and far, and what is followed."""
     found = worlds.gradients(option)
-    errors = [worlds.error(found, o, distance=d) for o in (SEQUENCE, STATE) for d in ("near", "far")]
-    return (*map(percent, errors), worlds.identifier.identify(found).follows)
+    errors = [worlds.errors(found, o, distance=d) for o in (SEQUENCE, STATE) for d in ("near", "far")]
+    return (*map(summary, errors), worlds.identifier.identify(found).follows)
 
 
 def loss_cells(option: Option, on: Worlds, off: Worlds, gains: Identifier) -> Cells:
     """Errors against E[r] in groups of 4 and 8, and what the reward's part is off-policy."""
     small = on.gradients(option)
-    errors = [on.error(small, REWARD, lengths=lengths) for lengths in (EQUAL, ENDED)]
-    errors.append(on.error(on.gradients(option, group=8, lengths=ENDED), REWARD))
+    errors = [on.errors(small, REWARD, lengths=lengths) for lengths in (EQUAL, ENDED)]
+    errors.append(on.errors(on.gradients(option, group=8, lengths=ENDED), REWARD))
     follows = gains.identify(off.gradients(option, lengths=EQUAL))
-    return (*map(percent, errors), follows.follows if follows.exact else "none of the three")
+    return (*map(summary, errors), follows.follows if follows.exact else "none of the three")
 
 
 def whole_cells(option: Option, on: Worlds) -> Cells:
     """Errors against the objective over sequences, and what is followed."""
     found = on.gradients(option)
-    errors = [on.error(found, SEQUENCE, lengths=lengths) for lengths in (EQUAL, ENDED)]
-    return (*map(percent, errors), on.identifier.identify(found).follows)
+    errors = [on.errors(found, SEQUENCE, lengths=lengths) for lengths in (EQUAL, ENDED)]
+    return (*map(summary, errors), on.identifier.identify(found).follows)
 
 
 def lines(options: Iterable[Option], measure: Callable[[Option], Cells], columns: int) -> list[Line]:
@@ -106,6 +107,16 @@ def lines(options: Iterable[Option], measure: Callable[[Option], Cells], columns
         alone = option.setting if option.family is None else ""
         found.setdefault((title, alone, cells), []).append(option.setting)
     return [Line(f"{title}: {', '.join(names)}", cells) for (title, _, cells), names in found.items()]
+
+
+def summary(errors: Sequence[float]) -> str:
+    """The median, and the largest in brackets where it is another one.
+
+    >>> summary([0.1, 0.2, 0.3, 1.0])
+    '25% (100%)'
+    """
+    middle, largest = percent(median(errors)), percent(max(errors))
+    return middle if middle == largest else f"{middle} ({largest})"
 
 
 def percent(error: float) -> str:

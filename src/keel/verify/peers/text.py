@@ -22,7 +22,7 @@ an estimate:
 
 - The worlds have four sequences, of two tokens each ("equal lengths") or of one to three tokens with an end token
   ("lengths 1 to 3"). The policy is a table of logits, near the reference (logits differ by 0.1, standard deviation)
-  or far from it (by 1). Two seeds each; a cell is the largest error over them.
+  or far from it (by 1). Two seeds each. A cell is the median over its worlds, and in brackets the largest.
 - A library's loss is called on every group of 4 sequences that the sampler may draw, and the gradients are averaged
   with the groups' probabilities. The code is the library's own: `GRPOTrainer`, `GMPOTrainer` and `RLOOTrainer` are
   built as usual, and log-probabilities come from the world instead of a model; of verl, `ppo_loss`,
@@ -78,10 +78,10 @@ TAKEAWAYS = """
 
 - **k3 in the loss without a ratio descends the forward KL**, KL(reference || policy), on-policy exactly so (TRL with
   `use_bias_correction_kl=False`, verl with `low_var_kl`). Near the reference the two divergences agree and nothing
-  shows; far from it they do not. TRL's default multiplies by the ratio, verl's options with a `+` back-propagate k2,
-  and both then follow the reverse KL per state, as their documentation says. Off-policy only the first of the two
-  stays exact: the `+` options carry no ratio. With `importance_sampling_level="sequence"` TRL's correction is no
-  longer exact, which its documentation says, too.
+  shows; far from it they part, and in some worlds the step points away from the objective. TRL's default multiplies
+  by the ratio, verl's options with a `+` back-propagate k2, and both then follow the reverse KL per state, as their
+  documentation says. Off-policy only the first of the two stays exact: the `+` options carry no ratio. With
+  `importance_sampling_level="sequence"` TRL's correction is no longer exact, which its documentation says, too.
 - **k1 in the loss has no effect on-policy**: the expected gradient is that of E[r] alone. Off-policy it rewards
   distance from the sampler.
 - **`abs` in the loss follows the total variation**, twice its coefficient.
