@@ -12,7 +12,8 @@ from keel.core.choice import generator
 from keel.core.rows import Rows, cat
 from keel.exact.space import SequenceSpace
 from keel.parts.terms.matching import MatchTarget, PosteriorMatching
-from keel.parts.terms.targets import MomentTarget, PosteriorTarget, TeacherTarget, TiltTarget
+from keel.parts.terms.moments import MomentTarget
+from keel.parts.terms.targets import PosteriorTarget, TeacherTarget, TiltTarget
 from keel.statistics.functionals import LogProb
 from keel.statistics.stats import Stats
 

@@ -10,10 +10,10 @@ from keel.core.rows import Rows
 from keel.exact.space import SequenceSpace
 from keel.parts.rewards.moments import MomentFeatures
 from keel.parts.rewards.transforms import WeightedSum
+from keel.parts.terms.moments import MomentTarget
 from keel.parts.terms.targets import (
     BestOfNTarget,
     LogLinearTarget,
-    MomentTarget,
     PosteriorTarget,
     TeacherTarget,
     TiltTarget,

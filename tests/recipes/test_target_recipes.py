@@ -10,7 +10,8 @@ from keel.core.config import from_config, to_config
 from keel.core.errors import ConfigError
 from keel.core.rows import cat
 from keel.models.tiny import TinyConfig
-from keel.parts.terms.targets import MomentTarget, TeacherTarget, TiltTarget
+from keel.parts.terms.moments import MomentTarget
+from keel.parts.terms.targets import TeacherTarget, TiltTarget
 from keel.recipes.registry import recipe_named
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import LogProb

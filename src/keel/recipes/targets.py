@@ -9,7 +9,8 @@ from keel.method import Claim, Method
 from keel.models.sources import Initial, Pretrained
 from keel.parts.rewards.moments import MomentFeatures
 from keel.parts.terms.matching import Baseline, MatchTarget, PosteriorMatching
-from keel.parts.terms.targets import BestOfNTarget, MomentTarget, PosteriorTarget, TeacherTarget, TiltTarget
+from keel.parts.terms.moments import MomentTarget
+from keel.parts.terms.targets import BestOfNTarget, PosteriorTarget, TeacherTarget, TiltTarget
 from keel.recipes.registry import recipe
 from keel.rollouts.rollout import Rollout
 
