@@ -22,6 +22,7 @@ from keel.rollouts.rollout import Rollout
 from keel.verify.entry import verify
 from keel.verify.fixed_point import fixed_point, total_variation
 from keel.verify.objectives import Objective
+from keel.verify.page import figure, page
 from keel.verify.placements import PLACEMENTS, sweep
 from keel.verify.population import expected_update
 from keel.verify.recipes import HOLDS, SHORT, TOLERANCE, compare, group_world, variants, verify_recipe, worlds
@@ -252,6 +253,27 @@ def test_a_bias_of_small_groups_is_found():
     assert any("groups of 2" in reason for reason in found.reasons)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "repair"),
+    [
+        ("grpo", {}, {"scale_rewards": "batch"}),
+        ("grpo", {"beta": 0.5}, {"scale_rewards": "none"}),
+        ("grpo", {"scale_rewards": "none", "beta": 0.5, "kl": "k3"}, {"kl": "k2"}),
+        ("rloo", {}, None),
+    ],
+)
+def test_what_would_make_it_exact(name, arguments, repair):
+    assert verify_recipe(name, arguments, full=True).exact_with == repair
+
+
+def test_what_it_follows_instead():
+    assert (
+        verify_recipe("dr_grpo", {"beta": 0.5, "kl": "k3"}, full=True).follows
+        == "E[r] - 0.5 kl_ref_policy, states held"
+    )
+    assert verify_recipe("dr_grpo", {"beta": 0.5, "kl": "k1"}, full=True).follows == "E[r]"
+
+
 def test_spread_falls_with_the_group():
     found = verify_recipe("dr_grpo", full=True)
     spreads = {group.size: group.deviation for group in found.groups if group.deviation == group.deviation}
@@ -371,3 +393,18 @@ def test_python():
     told = []
     [found] = keel.verify("rloo", told=told.append)
     assert told == [found] and verify(["rloo"])[0].status == HOLDS
+
+
+def test_page(tmp_path):
+    found = [verify_recipe("rloo", full=True), verify_recipe("grpo", full=True)]
+    text = page(found)
+    assert "1 holds, 1 falls short" in text
+    assert "| `rloo(beta=0.5)` | E_pi[r] - beta KL(pi \\|\\| ref), sequences | 0 | 1.0000 |" in text
+    assert "- `grpo`: the expected gradient misses" in text and "Exact with `scale_rewards=batch`." in text
+
+
+def test_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    figure(sweep(seeds=1, distances=(0.01, 2.0)), tmp_path / "one.svg")
+    drawn = (tmp_path / "one.svg").read_text()
+    assert drawn.count("<path") > 20 and "<svg" in drawn

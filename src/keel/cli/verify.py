@@ -40,6 +40,10 @@ def run_verify(names: Sequence[str], everything: bool, full: bool, arguments: Ma
         for one in found:
             for reason in one.reasons:
                 print(f"{one.label}: {reason}")
+            if one.follows:
+                print(f"{one.label}: what it follows: {one.follows}")
+            if one.exact_with:
+                print(f"{one.label}: exact with {', '.join(f'{k}={v}' for k, v in one.exact_with.items())}")
     return all(one.status == HOLDS for one in found)
 
 

@@ -76,6 +76,15 @@ class Recipe:
         except ValueError as error:
             raise ConfigError(str(error), f"recipe '{self.name}'") from error
 
+    def choices(self, name: str) -> tuple[Any, ...]:
+        """The values that an argument may take, where its annotation lists them.
+
+        >>> recipe_named("dapo").choices("scale_rewards")
+        ('group', 'batch', 'none')
+        """
+        hint = self._hint(name)
+        return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
     def _hint(self, name: str) -> Any:
         hints = typing.get_type_hints(self.make)
         if name in hints:

@@ -87,6 +87,12 @@ def fault(error: sqlite3.Error, path: Path, timeout: float) -> KeelError:
             str(path),
             "Look for a program that holds the file open in a transaction.",
         )
+    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+        return KeelError(
+            f"The store cannot be written ({error}); what was in it before is untouched.",
+            str(path),
+            "Make room on the disk (or raise its quota), then continue with --resume.",
+        )
     return KeelError(f"The store cannot be used ({error}).", str(path))
 
 

@@ -1,6 +1,7 @@
 """A run from its first line to its last: its folder, its lock, its checkpoints, its measurements, how it ends."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import shutil
@@ -22,7 +23,15 @@ from keel.models.load import checksum
 from keel.parts.rewards.worker import RewardTimeout
 from keel.report.run import write_report
 from keel.store.store import Store
-from keel.train.checkpoint import damage, newest_sound, remove_unfinished, restore, save_checkpoint, write_text
+from keel.train.checkpoint import (
+    checkpoints,
+    damage,
+    newest_sound,
+    remove_unfinished,
+    restore,
+    save_checkpoint,
+    write_text,
+)
 from keel.train.configuration import Configuration, differences, read_file
 from keel.train.measure import measure_policy
 from keel.train.online import run
@@ -60,6 +69,22 @@ class Run:
     config: Configuration | None = None
 
 
+@contextlib.contextmanager
+def _disk_full_explained() -> Iterator[None]:
+    """A full disk, whatever was being written, becomes an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunError(
+            f"cannot be written ({error.strerror})",
+            str(error.filename or "a file of the run"),
+            "Make room on the disk (or raise its quota), then continue with --resume.",
+        ) from error
+
+
+@_disk_full_explained()
 def execute(setup: Setup, runs: Path, *, resume: bool = False, report: Reporter = silent) -> Run:
     """Run a setup to its end, in a folder of its own."""
     config = setup.config
@@ -74,7 +99,7 @@ def execute(setup: Setup, runs: Path, *, resume: bool = False, report: Reporter 
         try:
             session = _open(setup, path, store, resume, report)
         except BaseException:
-            if fresh:
+            if fresh and not checkpoints(path):
                 shutil.rmtree(path, ignore_errors=True)
             raise
         with _stop_on_signal(session):

@@ -134,7 +134,9 @@ def _short(found: Sequence[Verification]) -> list[str]:
     for one in found:
         if one.reasons:
             follows = f" What it follows: {one.follows}." if one.follows else ""
-            lines.append(f"- `{one.label}`: {'; '.join(one.reasons)}.{follows}")
+            repair = ", ".join(f"`{name}={value}`" for name, value in (one.exact_with or {}).items())
+            exact = f" Exact with {repair}." if repair else ""
+            lines.append(f"- `{one.label}`: {'; '.join(one.reasons)}.{follows}{exact}")
     return ["## What falls short, and why", "", *lines, ""] if lines else []
 
 

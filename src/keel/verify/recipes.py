@@ -1,6 +1,7 @@
 """Recipes held to their claims: gradient, fixed point, groups of the real size, invariances, reductions, precision."""
 
 import inspect
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from keel.core.errors import UserError
 from keel.exact.groups import GroupBatch, groups, moments
 from keel.exact.space import SequenceSpace
 from keel.method import Claim, Method
@@ -68,7 +70,8 @@ class Verification:
     """What verification found of one recipe.
 
     `gradient_relative_error` is the largest on-policy one; `off_policy_relative_error` is of a policy that has moved
-    since it sampled. `reasons` says in words why a recipe falls short, and `follows` what it follows instead.
+    since it sampled. `reasons` says in words why a recipe falls short, `follows` what it follows instead, and
+    `exact_with` which arguments would make its gradient that of its claim, if one or two of them do.
     """
 
     recipe: str
@@ -85,6 +88,7 @@ class Verification:
     reduces_to_baseline: bool | None = None
     bf16_relative_error: float | None = None
     follows: str | None = None
+    exact_with: dict[str, Any] | None = None
     reasons: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -154,8 +158,9 @@ def verify_recipe(
         found.bf16_relative_error = _precision(method)
     if objective is not None:
         found.status = SHORT if found.reasons else HOLDS
-    if full and found.status != HOLDS and method.kind == "online":
-        found.follows = _follows(method)
+    if full and method.kind == "online" and not (found.gradient_relative_error or 0) <= TOLERANCE:
+        found.follows = _follows(method) if objective is not None and objective.form == "reward" else None
+        found.exact_with = _repairs(recipe, given, method)
     found.seconds = time.monotonic() - begun
     return found
 
@@ -246,6 +251,36 @@ def _follows(method: Method) -> str:
     found = known.identify({s: -expected_update(method, known.worlds[s]).direction[0] for s in known.where})
     far = found.residual > 0.1
     return f"none that is known; the nearest misses by {found.residual:.0%}" if far else found.follows
+
+
+def _repairs(recipe: Recipe, given: Mapping[str, Any], method: Method) -> dict[str, Any] | None:
+    """One or two other choices of the recipe's arguments with which its gradient is that of the same claim."""
+    assert method.claim is not None
+    options = [
+        (name, value)
+        for name in recipe.arguments
+        for value in recipe.choices(name)
+        if value != given.get(name, recipe.arguments[name].default)
+    ]
+    for changes in (*itertools.combinations(options, 1), *itertools.combinations(options, 2)):
+        changed = {**given, **dict(changes)}
+        if len(dict(changes)) < len(changes):
+            continue
+        try:
+            other = recipe(**changed)
+        except UserError:  # a combination that the recipe refuses
+            continue
+        if other.claim is None or other.claim.objective != method.claim.objective:
+            continue
+        objective = objective_of(other.claim, recipe, changed)
+        if all(_error(other, objective, name) <= TOLERANCE for name in ("near", "far")):
+            return dict(changes)
+    return None
+
+
+def _error(method: Method, objective: Objective, name: str) -> float:
+    world = worlds()[name]
+    return compare(name, expected_update(method, world).direction, objective.gradient(world)).relative_error
 
 
 def _check_invariances(found: Verification, method: Method, claim: Claim) -> None:

@@ -100,8 +100,8 @@ TAKEAWAYS = """
 - **Dividing by the group's standard deviation** weights groups by their spread; the result is no longer the gradient
   of E[r] minus any multiple of a divergence on our list.
 
-These are documented options of good libraries, most of them faithful to the papers that they implement. An error
-here says how far a setting is from one particular objective, not that a model trained with it will be worse.
+These are documented options of good libraries. An error here says how far a setting is from one particular objective,
+not that a model trained with it will be worse.
 """
 
 AFTER = """
