@@ -399,7 +399,7 @@ def test_page(tmp_path):
     found = [verify_recipe("rloo", full=True), verify_recipe("grpo", full=True)]
     text = page(found)
     assert "1 holds, 1 falls short" in text
-    assert "| `rloo(beta=0.5)` | E_pi[r] - beta KL(pi \\|\\| ref), sequences | 0 | 1.0000 |" in text
+    assert "| `rloo(beta=0.5)` | **holds** | E_pi[r] - beta KL(pi \\|\\| ref), sequences | 0 |" in text
     assert "- `grpo`: the expected gradient misses" in text and "Exact with `scale_rewards=batch`." in text
 
 

@@ -6,9 +6,9 @@ import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any, Protocol
 
-from pydantic import InstanceOf, TypeAdapter, ValidationError
+from pydantic import AfterValidator, InstanceOf, TypeAdapter, ValidationError
 
 from keel.core.errors import ConfigError, nearest
 from keel.core.registry import part_class, part_name
@@ -45,13 +45,22 @@ def from_config(data: Any, where: str = "") -> Any:
     """
     if isinstance(data, Mapping):
         if "part" in data:
-            cls = part_class(data["part"])
+            cls = _part_class(data["part"], where)
             given = {k: from_config(v, _join(where, k)) for k, v in data.items() if k != "part"}
             return build(cls, given, where)
         return {key: from_config(item, _join(where, str(key))) for key, item in data.items()}
     if isinstance(data, list):
         return tuple(from_config(item, f"{where}[{i}]") for i, item in enumerate(data))
     return data
+
+
+def _part_class(name: Any, where: str) -> type:
+    if not isinstance(name, str):
+        raise ConfigError(f"a part is named by text (got {name!r})", where or None)
+    try:
+        return part_class(name)
+    except ConfigError as error:
+        raise ConfigError(error.what, where or None, error.fix) from None
 
 
 def build(cls: type, given: Mapping[str, Any], where: str = "") -> Any:
@@ -71,7 +80,7 @@ def build(cls: type, given: Mapping[str, Any], where: str = "") -> Any:
     checked = {key: check(value, _hints(cls)[key], _join(where, key)) for key, value in given.items()}
     try:
         return cls(**checked)
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ConfigError(str(error), where or None) from error
 
 
@@ -100,6 +109,8 @@ def set_path(value: Any, path: str, new: Any, where: str = "") -> Any:
         if key not in value:
             known = ", ".join(map(str, value)) or "none"
             raise ConfigError(f"there is no entry '{key}'.{nearest(key, map(str, value))}", here, f"Entries: {known}.")
+        if not rest and is_part(value[key]) and not is_part(new):
+            raise ConfigError(f"must be a part (got {new!r})", here, "For example {part: NAME, ...}.")
         return {**value, key: set_path(value[key], rest, new, here) if rest else new}
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         raise ConfigError(f"'{where}' has no settings of its own", here)
@@ -109,7 +120,7 @@ def set_path(value: Any, path: str, new: Any, where: str = "") -> Any:
     new = set_path(getattr(value, key), rest, new, here) if rest else check(new, _hints(type(value))[key], here)
     try:
         return dataclasses.replace(value, **{key: new})
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ConfigError(str(error), here) from error
 
 
@@ -118,6 +129,11 @@ def get_path(value: Any, path: str) -> Any:
     for key in path.split("."):
         value = value[key] if isinstance(value, Mapping) else getattr(value, key)
     return value
+
+
+def is_part(value: Any) -> bool:
+    """Whether a value can stand where a part is wanted: an instance of a dataclass, or something to call."""
+    return (dataclasses.is_dataclass(value) or callable(value)) and not isinstance(value, type)
 
 
 @functools.cache
@@ -138,14 +154,24 @@ _adapters: dict[Any, TypeAdapter] = {}
 
 
 def _loosened(hint: Any) -> Any:
-    """The annotation with parts checked by class alone, and protocols, which cannot be checked, left open."""
+    """The annotation with parts checked by class alone, and protocols by the attributes that they name."""
     if getattr(hint, "_is_protocol", False):
-        return Any
+        return Annotated[Any, AfterValidator(functools.partial(_follows, hint))]
     if dataclasses.is_dataclass(hint):
         return InstanceOf.__class_getitem__(hint)  # what InstanceOf[hint] means, which mypy takes for an annotation
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return typing.Union[tuple(_loosened(item) for item in typing.get_args(hint))]  # noqa: UP007
     return hint
+
+
+def _follows(protocol: type, value: Any) -> Any:
+    """A value that has what a protocol names."""
+    bases = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False) and base is not Protocol]
+    names = {name for base in bases for name in (*vars(base), *vars(base).get("__annotations__", {}))}
+    wanted = {name for name in names if not name.startswith("_") or name == "__call__"}
+    if isinstance(value, type) or not all(hasattr(value, name) for name in wanted):
+        raise ValueError(f"a {protocol.__name__.lower()} is wanted, such as {{part: NAME, ...}}")
+    return value
 
 
 def _join(where: str, key: str) -> str:

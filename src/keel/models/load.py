@@ -64,12 +64,16 @@ def load(
         module = add_lora(module, lora, seed)
     if place is not None:
         module = _move(module, place)
-    return LanguageModel(
-        module,
-        tokenizer,
-        autocast=None if autocast is None else _dtype(autocast),
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    try:
+        return LanguageModel(
+            module,
+            tokenizer,
+            autocast=None if autocast is None else _dtype(autocast),
+            gradient_checkpointing=gradient_checkpointing,
+        )
+    except UserError:
+        _check_finite(module)
+        raise
 
 
 def save(model: LanguageModel, path: str | Path) -> None:
@@ -185,21 +189,33 @@ def _read(name: str, tokenizer: Any, dtype: str, trust: bool) -> tuple[nn.Module
 def _read_adapter(path: Path, tokenizer: Any, dtype: str, trust: bool) -> tuple[nn.Module, Any]:
     from peft import PeftConfig
 
-    base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    _check_pickles(path, "adapter_model.safetensors")  # without that file peft would unpickle another
+    with _quiet():
+        try:
+            base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+            if tokenizer is None and (path / "tokenizer_config.json").exists():
+                tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust)
+        except Exception as error:
+            raise _explained(error, str(path), local=True) from error
     if not base:
         raise UserError("the adapter does not say whose it is", str(path), "Load its model, then wrap it with peft.")
-    own = path / "tokenizer_config.json"
-    if tokenizer is None and own.exists():
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust)
     module, tokenizer = _read(base, tokenizer, dtype, trust)
     with _quiet():
-        return PeftModel.from_pretrained(module, str(path), is_trainable=True, use_safetensors=True), tokenizer
+        try:
+            return PeftModel.from_pretrained(module, str(path), is_trainable=True, use_safetensors=True), tokenizer
+        except Exception as error:
+            raise _explained(error, str(path), local=True) from error
 
 
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").exists():
         raise UserError("this folder holds no config.json", str(path), "Give a folder written by save_pretrained.")
-    if any(path.glob("*.safetensors")):
+    _check_pickles(path, "*.safetensors")
+
+
+def _check_pickles(path: Path, weights: str) -> None:
+    """Refuse a folder without safetensors weights; where there are both, the pickled ones are not looked at."""
+    if any(path.glob(weights)):
         return
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
         raise UserError(
@@ -249,7 +265,8 @@ def _tokenizer_of(module: Any) -> Any:
     if not name:
         raise UserError("a model in memory needs its tokenizer", "tokenizer", "Pass tokenizer=...")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        # False, because without it transformers asks on the terminal whether to run the code of a stranger
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer was found at {name}", "tokenizer", "Pass tokenizer=...") from error
 
@@ -262,6 +279,13 @@ def _check_vocabulary(module: Any, tokenizer: Any) -> None:
             "tokenizer",
             "Call model.resize_token_embeddings(len(tokenizer)), or take the model's own tokenizer.",
         )
+
+
+def _check_finite(module: nn.Module) -> None:
+    """Weights that are no numbers break every test of a model; they are named rather than what they break."""
+    for name, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"the weight {name} is not finite", "model", "Take a checkpoint from before it diverged.")
 
 
 def _move(module: Any, place: torch.device) -> Any:

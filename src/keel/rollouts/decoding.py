@@ -273,7 +273,8 @@ def _search(weight: Float[Tensor, "n m"], share: Float[Tensor, "n"]) -> tuple[In
     total = sums[:, -1:]
     # below the total, so that rounding never leads past the last entry with weight
     goal = torch.minimum(share[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    place = torch.searchsorted(sums, goal, right=True)
+    # weights that are no numbers must not lead past the end; their log-probability says that they are none
+    place = torch.searchsorted(sums, goal, right=True).clamp(max=sums.shape[-1] - 1)
     size = weight.double().gather(-1, place)
     below = sums.gather(-1, place) - size
     return place[:, 0], ((goal - below) / size).clamp(0, 1)[:, 0]
@@ -281,6 +282,23 @@ def _search(weight: Float[Tensor, "n m"], share: Float[Tensor, "n"]) -> tuple[In
 
 def _pick(values: Float[Tensor, "n V"], token: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
     return values.gather(-1, token[:, None])[:, 0]
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int], **options: Any) -> str:
+    """Text of tokens; those that only the model has, because its vocabulary is padded, say nothing.
+
+    Args:
+        tokenizer: one of `tokenizers` leaves them out by itself; others raise errors of several kinds.
+        tokens: of one completion.
+        options: of the tokenizer's `decode`.
+    """
+    try:
+        return tokenizer.decode(list(tokens), **options)
+    except Exception:
+        known = [token for token in tokens if token < len(tokenizer)]
+        if len(known) == len(tokens):
+            raise
+        return tokenizer.decode(known, **options)
 
 
 class StopStrings:
@@ -319,7 +337,8 @@ class StopStrings:
         candidates = result.nonzero(as_tuple=True)[0]
         if len(candidates):
             start = max(0, position + 1 - self.window)
-            texts = self.tokenizer.batch_decode(tokens[alive[candidates], start : position + 1].tolist())
+            recent = tokens[alive[candidates], start : position + 1].tolist()
+            texts = [text_of(self.tokenizer, row) for row in recent]
             hits = [any(text in completion for text in self.strings) for completion in texts]
             result[candidates] = torch.tensor(hits, device=result.device)
         return result

@@ -23,6 +23,7 @@ from keel.store.opening import fault, open_to_read, open_to_write
 from keel.store.records import StoredEvaluation, StoredRollout, StoredRun
 
 _LISTED = tuple(f.name for f in fields(StoredRun) if f.name != "config")
+_UNNAMED = "<unknown>"  # a token of the model for which its tokenizer has no name
 _ROLLOUT = "id, step, data_index, group_index, reward, stop, length, rewards, answer, prompt, completion, tokens"
 
 
@@ -110,7 +111,7 @@ class Store:
                 None if r.answer is None else _text(r.answer),
                 _text(r.prompt),
                 _text(r.completion),
-                _dump(r.tokens) if r.tokens else None,
+                _dump([_UNNAMED if token is None else token for token in r.tokens]) if r.tokens else None,
                 pack(r.numbers) if r.numbers else None,
             )
             for r in rollouts

@@ -16,6 +16,7 @@ from typing import Any
 from keel.core.errors import ConfigError, DataError, nearest
 from keel.tasks.task import Example, RewardFunction, Text, check_disjoint, completion_text, final_answer
 
+_DEPTH = 100  # of lists and objects in a column; what comes after could not follow much further
 _SHOWN = 20  # problems that one error shows
 _LINES = (".jsonl", ".ndjson", ".json")
 _TEXT_COLUMNS = ("prompt", "messages", "completion")
@@ -190,7 +191,10 @@ def _rows(data: Any, label: str, report: Callable[[str, str], None]) -> Iterator
 
 
 def _lines(path: Path, report: Callable[[str, str], None]) -> Iterator[tuple[str, Row]]:
-    content = path.read_bytes().rstrip()  # white space after the last line is no line
+    try:
+        content = path.read_bytes().rstrip()  # white space after the last line is no line
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}.", where=str(path)) from error
     if content.startswith(b"["):
         report("line 1", "an array; write one object a line")
         return
@@ -246,7 +250,10 @@ def _examples(data: Any, label: str) -> list[Example]:
 
     rows: list[Row] = []
     for where, row in _rows(data, label, report):
-        reasons = list(_problems(row))
+        try:
+            reasons = list(_problems(row))
+        except RecursionError:
+            reasons = [f"nested more than {_DEPTH} levels deep"]
         for reason in reasons:
             report(where, reason)
         if not reasons:
@@ -290,8 +297,11 @@ def _problems(row: Row) -> Iterator[str]:
             yield "`messages` has nothing before the assistant's message"
         if completion is not None:
             yield "both `messages` and `completion`; keep one"
+        if isinstance(messages, list) and messages and _role(messages[-1]) == "assistant":
+            yield from _answer_problems("messages", messages[-1:])
     elif completion is not None:
         yield from _text_problems("completion", completion, empty=True)
+        yield from _answer_problems("completion", completion)
         if isinstance(prompt, str) and isinstance(completion, list):
             yield "`completion` is messages but `prompt` is text; both must be of one kind"
     for key, value in row.items():
@@ -336,8 +346,29 @@ def _message_problems(key: str, messages: Any) -> Iterator[str]:
         called = content is None and bool(message.get("tool_calls"))
         if not isinstance(content, str | list) and not called:
             yield f"`{key}`: message {number} has no `content` that is text"
-        elif isinstance(content, str) and not _encodable(content):
+        elif not all(map(_encodable, _texts(message))):
             yield f"`{key}`: message {number} holds half of a surrogate pair, which is no text"
+
+
+def _answer_problems(key: str, messages: Any) -> Iterator[str]:
+    """What is wrong with messages that are to be learnt: one of the assistant, with text."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return  # it has been said
+    if len(messages) > 1:
+        yield f"`{key}` must be one message of the assistant, not {len(messages)} messages"
+    elif messages and _role(messages[0]) != "assistant":
+        yield f"`{key}` must be a message of the assistant, not of {_role(messages[0])!r}"
+    elif messages and not isinstance(messages[0].get("content"), str):
+        yield f"`{key}`: the message of the assistant has no text to learn from"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text inside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _role(message: Any) -> Any:
@@ -352,12 +383,14 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _has_nan(value: Any) -> bool:
+def _has_nan(value: Any, depth: int = 0) -> bool:
+    if depth > _DEPTH:
+        raise RecursionError
     if isinstance(value, float):
         return not math.isfinite(value)
     if isinstance(value, dict):
-        return any(map(_has_nan, value.values()))
-    return isinstance(value, list | tuple) and any(map(_has_nan, value))
+        return any(_has_nan(item, depth + 1) for item in value.values())
+    return isinstance(value, list | tuple) and any(_has_nan(item, depth + 1) for item in value)
 
 
 def _kind(value: Any) -> str:

@@ -5,15 +5,15 @@ configuration file, arguments, paths.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
-from keel.core.config import from_config, to_config
+from keel.core.config import from_config, is_part, to_config
 from keel.core.errors import ConfigError, nearest
-from keel.method import Method
+from keel.method import CHAINS, Method
 from keel.recipes.registry import Recipe, recipe_named
 from keel.tasks.task import Task
 from keel.train.settings import EvaluateSettings, ModelSettings, Section, TaskSettings, TrainSettings, parse
@@ -24,6 +24,7 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainSettings,
     "evaluate": EvaluateSettings,
 }
+_SLOTS = tuple(f.name for f in fields(Method))
 KEYS = ("recipe", "method", *SECTIONS, "seed", "name")
 TINY = "tiny"
 
@@ -88,6 +89,22 @@ class Request:
     seed: int | None = None
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        for key, value in (self.values or {}).items():
+            _check_depth(key, value)
+
+
+def parse_value(text: str) -> Any:
+    """What stands behind `--set KEY=`: YAML, or the text itself where it is none.
+
+    >>> parse_value("1e-3"), parse_value("[a, 2]"), parse_value("2024-99-99")
+    ('1e-3', ['a', 2], '2024-99-99')
+    """
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return text  # besides its own errors, YAML passes on those of the types that a tag names
+
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """A configuration file.
@@ -99,7 +116,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", str(path)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ConfigError(f"is not valid YAML: {' '.join(str(error).split())}", str(path)) from error
     if not isinstance(data, dict):
         raise ConfigError("is no mapping of sections", str(path), f"Sections: {', '.join(KEYS)}.")
@@ -149,7 +166,8 @@ def resolve(request: Request, task: Task | None = None) -> Configuration:
         method = known(**arguments)
         method = _with_preset(method, preset, arguments, known, task)
     for path, value in paths.items():
-        method = method.set(path, value)
+        method = method.set(path, from_config(value, path))
+    _check_chains(method)
     values = {name: dict(_section_values(request, name)) for name in SECTIONS}
     for key, value in preset.items():
         section, _, name = key.partition(".")
@@ -161,6 +179,7 @@ def resolve(request: Request, task: Task | None = None) -> Configuration:
     name = request.name or file.get("name") or recipe or "run"
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"must be a non-negative whole number (got {seed!r})", "seed")
+    _check_name(str(name))
     return Configuration(recipe, arguments, method, seed=seed, name=str(name), **parsed)
 
 
@@ -217,8 +236,10 @@ def _sorted_values(request: Request, known: Recipe | None) -> tuple[dict[str, An
                 paths[key] = value
         elif key in arguments:
             bare[key] = value
+        elif key in (*SECTIONS, *_SLOTS):
+            raise ConfigError("is a whole section or slot", key, f"Name what to set in it, such as {key}.NAME=VALUE.")
         elif key not in TrainSettings.model_fields:
-            choices = [*arguments, *TrainSettings.model_fields]
+            choices = [*arguments, *TrainSettings.model_fields, *_SLOTS]
             raise ConfigError(
                 f"nothing is called '{key}'.{nearest(key, choices)}",
                 key,
@@ -247,12 +268,22 @@ def _section_values(request: Request, name: str) -> dict[str, Any]:
         if section == name and rest:
             inner, _, option = rest.partition(".")
             if option:  # task.options.held_out
-                values[inner] = {**(values.get(inner) or {}), option: value}
+                values[inner] = {**_options(values.get(inner), name, inner, key), option: value}
             else:
                 values[rest] = value
         elif name == "train" and not rest and key in TrainSettings.model_fields and not _is_argument(request, key):
             values[key] = value
     return values
+
+
+def _options(given: Any, section: str, inner: str, key: str) -> Mapping[str, Any]:
+    """The entries of a setting that is a mapping."""
+    field = SECTIONS[section].model_fields.get(inner)
+    if field is not None and get_origin(field.annotation) is not dict:
+        raise ConfigError(f"'{section}.{inner}' has no settings of its own", key)
+    if not isinstance(given or {}, Mapping):
+        raise ConfigError(f"'{section}.{inner}' is no mapping (got {given!r})", key)
+    return given or {}
 
 
 def _is_argument(request: Request, key: str) -> bool:
@@ -287,6 +318,29 @@ def _with_preset(
         method = known(**{**arguments, "max_completion_length": length})
     assert method.rollout is not None
     return method.replacing(rollout=replace(method.rollout, **changes)) if changes else method
+
+
+def _check_chains(method: Method) -> None:
+    """What stands in the slots are parts; anything else would break in the middle of a run."""
+    for slot in CHAINS:
+        for name, item in getattr(method, slot).items():
+            if not isinstance(name, str) or not (is_part(item) or (slot == "rewards" and isinstance(item, str))):
+                raise ConfigError(f"must be a part (got {item!r})", f"{slot}.{name}", "For example {part: NAME, ...}.")
+
+
+def _check_name(name: str) -> None:
+    """A run's name is a folder below that of the runs."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or "\\" in name:
+        raise ConfigError(f"cannot be a folder's name (got {name!r})", "name", "Use letters, digits, - and _.")
+
+
+def _check_depth(key: str, value: Any, depth: int = 20) -> None:
+    if depth == 0:
+        raise ConfigError("is nested too deeply", key)
+    if isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _check_depth(key, item, depth - 1)
 
 
 def _decides_groups(known: Recipe) -> bool:

@@ -9,6 +9,7 @@ import torch
 from keel.core.errors import DataError, UserError
 from keel.core.rows import Rows, Stop
 from keel.models.language import LanguageModel
+from keel.rollouts.decoding import text_of
 from keel.tasks.task import Example, Text
 
 
@@ -31,7 +32,7 @@ class Encoder:
 
         Raises:
             UserError: messages, and the tokenizer has no chat template.
-            DataError: the prompt is empty.
+            DataError: the prompt is empty, or the chat template refuses it.
         """
         ids = self._prompt_ids(prompt)
         if not ids:
@@ -45,16 +46,22 @@ class Encoder:
         return self.max_prompt_length is not None and len(self._prompt_ids(prompt)) > self.max_prompt_length
 
     def completion(self, completion: Text) -> list[int]:
-        """Tokens of a given completion, with one end token."""
+        """Tokens of a given completion, with one end token.
+
+        Raises:
+            DataError: a message without text, such as a call of a tool.
+        """
         tokenizer = self.model.tokenizer
-        text = completion if isinstance(completion, str) else str(completion[-1]["content"])
+        text = completion if isinstance(completion, str) else completion[-1].get("content")
+        if not isinstance(text, str):
+            raise DataError("this completion is no text to learn from", repr(completion)[:80], "Give it as text.")
         ids = list(tokenizer(text, add_special_tokens=False).input_ids)
         ends = self.model.eos_ids
         return ids if not ends or (ids and ids[-1] in ends) else [*ids, _end(self.model)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
-        return self.model.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text_of(self.model.tokenizer, tokens, skip_special_tokens=True)
 
     def show(self, prompt: Text) -> str:
         """The prompt as the model sees it."""
@@ -75,7 +82,12 @@ class Encoder:
                 "data",
                 "Give plain text prompts, or a model with a chat template.",
             )
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of its own, run in a sandbox
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            fix = "Look at the message, or give the tokenizer another template."
+            raise DataError(f"the chat template refuses it ({said})", repr(prompt)[:80], fix) from error
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

@@ -11,7 +11,7 @@ from keel.core.errors import ConfigError, nearest
 class Section(BaseModel):
     """A section: unknown keys are errors, values are checked."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -90,8 +90,8 @@ class TrainSettings(Section):
     """
 
     max_steps: int = Field(100, ge=1)
-    learning_rate: float = Field(1e-6, ge=0)
-    critic_learning_rate: float | None = Field(None, ge=0)
+    learning_rate: float = Field(1e-6, ge=0, le=1e6)
+    critic_learning_rate: float | None = Field(None, ge=0, le=1e6)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)

@@ -108,25 +108,24 @@ def write(folder: Path) -> None:
 
 
 def _table(found: Sequence[Verification]) -> list[str]:
-    head = ["recipe", "objective", "error", "cosine", "off-policy", "groups", "fixed point", "spread", "bf16", "status"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = _head("recipe", "status", "objective", "error", "off-policy", "groups", "fixed point")
     for one in found:
         last = one.groups[-1] if one.groups else None
-        spreads = [g for g in one.groups if g.deviation == g.deviation and g.deviation != float("inf")]
         cells = [
             f"`{one.label}`",
+            f"**{one.status}**" if one.status == HOLDS else one.status,
             one.objective.replace("||", "\\|\\|"),
             _number(one.gradient_relative_error),
-            "" if one.cosine is None else f"{one.cosine:.4f}",
             _number(one.off_policy_relative_error),
             "" if last is None else f"{_number(last.relative_error)} (G={last.size})",
             _number(one.fixed_point_tv),
-            f"{spreads[-1].deviation:.2f} (G={spreads[-1].size})" if spreads else "",
-            _number(one.bf16_relative_error),
-            f"**{one.status}**" if one.status == HOLDS else one.status,
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _head(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
 
 
 def _short(found: Sequence[Verification]) -> list[str]:
@@ -141,20 +140,19 @@ def _short(found: Sequence[Verification]) -> list[str]:
 
 
 def _declared(found: Sequence[Verification]) -> list[str]:
-    lines = [
-        "## Invariances and reductions",
-        "",
-        "| recipe | declared | baseline at its neutral setting |",
-        "|---|---|---|",
-    ]
+    lines = ["## Spread, precision, invariances and reductions", ""]
+    lines += _head("recipe", "spread", "bf16", "declared invariances", "at its neutral setting")
     for one in found:
-        if not one.invariances and one.reduces_to_baseline is None:
-            continue
-        declared = ", ".join(
-            f"{name.replace('_', ' ')}: {'yes' if ok else 'no'}" for name, ok in one.invariances.items()
-        )
-        reduced = {None: "", True: "the same bits", False: "differs"}[one.reduces_to_baseline]
-        lines.append(f"| `{one.label}` | {declared} | {reduced} |")
+        spreads = [g for g in one.groups if g.deviation == g.deviation and g.deviation != float("inf")]
+        marks = {True: "holds", False: "does not hold"}
+        cells = [
+            f"`{one.label}`",
+            f"{spreads[-1].deviation:.2f} (G={spreads[-1].size})" if spreads else "",
+            _number(one.bf16_relative_error),
+            ", ".join(f"{name.replace('_', ' ')} {marks[ok]}" for name, ok in one.invariances.items()),
+            {None: "", True: "the bits of its baseline", False: "not its baseline"}[one.reduces_to_baseline],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 

@@ -17,6 +17,7 @@ from keel.parts.rewards.worker import RewardTimeout, RewardWorkerDied
 from keel.tasks.task import Text
 
 _PATIENCE = 2  # time-outs and deaths of one function in one batch, after which no further group is tried
+_LARGEST = torch.finfo(torch.float32).max  # of a reward; beyond it the batch would hold an infinity
 _MESSAGES = 5  # different messages kept for each function
 
 
@@ -151,8 +152,9 @@ class _Attempt:
             return False
         for row, value in zip(rows, values, strict=True):
             self.values[row] = value
-            if value is not None and not math.isfinite(value):
+            if value is not None and not abs(value) <= _LARGEST:
                 advice = "; return None if the reward does not apply" if math.isnan(value) else ""
+                advice = "; it is too large" if math.isfinite(value) else advice
                 self.messages.setdefault(f"returned {value}{advice}")
                 self.guilty.add(self.batch.group[row])
         return True

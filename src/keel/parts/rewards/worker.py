@@ -84,7 +84,7 @@ class RewardWorker:
         self._start()
 
     def __call__(
-        self, prompts: Any = (), completions: Any = (), completion_ids: Any = (), **columns: Any
+        self, /, prompts: Any = (), completions: Any = (), completion_ids: Any = (), **columns: Any
     ) -> list[float | None]:
         """Score a batch in the worker.
 
@@ -156,7 +156,8 @@ class _Process:
         self.timed_out = 0.0
         self.said: collections.deque[str] = collections.deque(maxlen=10)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _BOOT, json.dumps([reward, [os.path.abspath(path) for path in sys.path]])],
+            # -P: without the current directory on the path no file there can pass for a standard module
+            [sys.executable, "-P", "-c", _BOOT, json.dumps([reward, [os.path.abspath(path) for path in sys.path]])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -271,7 +272,7 @@ class RewardThread:
         threading.Thread(target=_work, args=(self._calls, self.function), daemon=True).start()
 
     def __call__(
-        self, prompts: Any = (), completions: Any = (), completion_ids: Any = (), **columns: Any
+        self, /, prompts: Any = (), completions: Any = (), completion_ids: Any = (), **columns: Any
     ) -> list[float | None]:
         """Score a batch in the thread.
 
