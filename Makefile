@@ -9,7 +9,7 @@ PYTEST   := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BI
 DECLARED := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench docs dist clean
+.PHONY: help install demo test test-slow mutation lint format bench docs dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: install  ## run the tests and doctests, the slow ones left out (WORKERS=2)
 
 test-slow: install  ## run the slow tests only
 	$(PYTEST) -m slow
+
+mutation: install  ## plant faults into the formulas and see which ones the tests miss (FAULTS=300)
+	$(BIN)/python tests/mutation --workers $(WORKERS) --limit $(or $(FAULTS),300) --seed $(SEED)
 
 lint: install  ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
