@@ -76,6 +76,20 @@ def test_the_fixed_point_is_the_target(name):
     assert verify_recipe(name, full=True).fixed_point_tv < 1e-6
 
 
+EVERY = ("kl_policy_ref", "kl_ref_policy", "jeffreys", "js", "js:0.1", "alpha:0.5", "alpha:-1", "alpha:2", "tv")
+MORE = ("chi2_policy_ref", "chi2_ref_policy", "hellinger", "kl_chi2")
+
+
+@pytest.mark.parametrize(
+    "divergence",
+    [*EVERY[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in (*EVERY[2:], *MORE))],
+)
+def test_every_divergence_rests_at_the_target(divergence):
+    """The tilt, reached from the reference along the expected update, to 1e-3 in total variation."""
+    found = verify_recipe("f_dpg", {"divergence": divergence}, full=True)
+    assert found.gradient_relative_error < 1e-9 and found.fixed_point_tv < 1e-3
+
+
 # -- moments, through the phases of the loop -------------------------------------------------------------------------
 
 FEATURE = 1  # whether the first token is this one

@@ -26,6 +26,7 @@ class Regularised(Protocol):
 Field = Callable[[World], Float[Tensor, "Q X V"]]
 STEPS = 400
 STILL = 1e-10  # largest change of a probability that counts as rest
+SHRINK = 0.9  # of the step where the direction turns; a field with jumps, that of total variation, turns all the time
 REACH = 40.0  # logits farther than this below the largest hold no mass that matters
 
 
@@ -37,7 +38,7 @@ def fixed_point(field: Field, world: World, objective: Regularised) -> World:
         dz(s, a) = eta g(s, a) / (d(s) pi(a|s)),
 
     whose fixed points are those of the field itself, d(s) being the probability of visiting a state. The step eta is
-    1 / beta in units of the objective (one step of soft policy iteration), and halved whenever the direction turns.
+    1 / beta in units of the objective (one step of soft policy iteration), and smaller whenever the direction turns.
 
     Args:
         field: from a world, whose policy is also its sampler, to the expected update in the logits.
@@ -49,7 +50,7 @@ def fixed_point(field: Field, world: World, objective: Regularised) -> World:
     for _ in range(STEPS):
         direction = natural_gradient(field(world.at(logits)), world.at(logits))
         if before is not None and bool((direction * before).sum() < 0):
-            eta *= 0.5
+            eta *= SHRINK
         step = eta * direction
         step = step * min(1.0, 5.0 / float(step.abs().max().clamp(min=1e-30)))
         moved = (logits + step).log_softmax(-1).clamp(min=-REACH)
