@@ -91,6 +91,8 @@ class Request:
 
     def __post_init__(self) -> None:
         for key, value in (self.values or {}).items():
+            if not all(key.split(".")):
+                raise ConfigError("is no key: a part of it is empty", repr(key), "Write name, or slot.name.field.")
             _check_depth(key, value)
 
 

@@ -37,7 +37,7 @@ from keel.train.measure import measure_policy
 from keel.train.online import run
 from keel.train.session import Reporter, Session, build_session, reward_functions, silent
 from keel.train.setup import IN_MEMORY, Setup, load_model
-from keel.train.tracking import tracked
+from keel.train.tracking import check_trackers, tracked
 
 
 class Stopped(KeelError):
@@ -94,6 +94,7 @@ def execute(setup: Setup, runs: Path, *, resume: bool = False, report: Reporter 
         _check_same(config, path)
         report("note", {"text": f"{path} is finished"})
         return _reopened(path, runs, config, finished)
+    check_trackers(config.train.trackers)
     fresh = _made(path, resume)
     with _only_one(path), Store(runs / "keel.sqlite") as store:
         try:

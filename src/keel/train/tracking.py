@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from keel.core.errors import ConfigError, nearest
@@ -19,7 +19,7 @@ def tracked(session: Session) -> Iterator[None]:
     A tracker that fails while the run goes on is left out with a warning: it is not worth a run.
 
     Raises:
-        ConfigError: there is no such tracker, it is not installed, or it cannot be started.
+        ConfigError: one cannot be started.
     """
     names = list(session.config.train.trackers)
     if not names or session.path is None:
@@ -27,7 +27,6 @@ def tracked(session: Session) -> Iterator[None]:
         return
     from accelerate import Accelerator
 
-    _check_available(names)
     try:
         accelerator = Accelerator(log_with=names, project_dir=str(session.path), cpu=True)
         accelerator.init_trackers("keel", config=flat(session.config.to_dict()))
@@ -62,8 +61,14 @@ def flat(settings: Any, where: str = "") -> dict[str, bool | int | float | str]:
     return {where: settings if plain else json.dumps(settings, default=str)}
 
 
-def _check_available(names: list[str]) -> None:
-    """Accelerate leaves out what is not installed without a word."""
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that Accelerate would leave out without a word.
+
+    Raises:
+        ConfigError: there is no such tracker, or it is not installed.
+    """
+    if not names:
+        return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
