@@ -333,11 +333,10 @@ def pairs(values: list[str] | None) -> dict[str, Any]:
     """`--set` options as keys and YAML values.
 
     Raises:
-        ConfigError: one without `=`, one twice, or a value that is no YAML.
+        ConfigError: one without `=`, or one twice.
     """
-    import yaml
-
     from keel.core.errors import ConfigError
+    from keel.train.configuration import parse_value
 
     out: dict[str, Any] = {}
     for item in values or []:
@@ -347,10 +346,7 @@ def pairs(values: list[str] | None) -> dict[str, Any]:
             raise ConfigError("must be KEY=VALUE", f"--set {item}", "For example --set beta=0.04.")
         if key in out:
             raise ConfigError("is given twice", f"--set {key}")
-        try:
-            out[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            out[key] = text
+        out[key] = parse_value(text)
     return out
 
 

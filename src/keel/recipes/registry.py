@@ -121,11 +121,17 @@ def recipe(
 
 def recipes() -> dict[str, Recipe]:
     """All recipes by name: those of every file beside this one, and of the entry-point group `keel.recipes`."""
+    _load_all()
+    return dict(sorted(_RECIPES.items()))
+
+
+@functools.cache
+def _load_all() -> None:
+    """Once: looking through the installed packages takes its time."""
     for family in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"keel.recipes.{family.name}")
     for entry in importlib.metadata.entry_points(group="keel.recipes"):
         entry.load()
-    return dict(sorted(_RECIPES.items()))
 
 
 def recipe_named(name: str) -> Recipe:

@@ -369,17 +369,13 @@ def _stop_on_signal(session: Session) -> Iterator[None]:
     """
     told = threading.Event()
 
-    def stopping() -> bool:
-        session.begin_step()  # asked before each step
-        return told.is_set()
-
     def interrupt(*_: Any) -> None:
         if told.is_set():
             raise KeyboardInterrupt
         told.set()
         session.report("warning", {"text": "stopping after this step; interrupt again to stop at once"})
 
-    session.stopping = stopping
+    session.stopping = told.is_set
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -56,6 +56,7 @@ def run(session: Session) -> None:
     started = time.monotonic() - session.position.seconds
     while session.position.step < train.max_steps and not session.stopping():
         begun = time.monotonic()
+        session.begin_step()
         control(session)
         batch = prepare(session)
         metrics = batch.metrics | update(session, batch)

@@ -1,5 +1,6 @@
 """From what was asked for to what can run: configuration, task, rewards, and where the model is."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,12 +124,18 @@ def open_model(model: Any, task: Task, tokenizer: Any, device: str | None, repor
 
 
 def run_checkpoint(path: Path) -> Path | None:
-    """The newest sound checkpoint of a run's folder; None if `path` is none."""
+    """The newest sound checkpoint of a run's folder, with a warning if newer ones are damaged; None if `path` is none.
+
+    Raises:
+        RunError: the run has none, or all are damaged.
+    """
     if not (path / "config.yaml").is_file():
         return None
-    checkpoint, _ = newest_sound(path)
+    checkpoint, complaints = newest_sound(path)
     if checkpoint is None:
-        raise RunError("this run has no checkpoint", str(path))
+        raise RunError("; ".join(complaints) or "this run has no checkpoint", str(path))
+    if complaints:
+        warnings.warn(f"{path}: {'; '.join(complaints)}; {checkpoint.name} is taken", stacklevel=2)
     return checkpoint
 
 
