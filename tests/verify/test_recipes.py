@@ -340,6 +340,8 @@ def test_strict_fails_where_something_falls_short():
 def test_table():
     told = CliRunner().invoke(app, ["verify", "rloo", "--full"], catch_exceptions=False, env={"COLUMNS": "160"})
     assert "E_pi[r] - beta KL(pi || ref)" in told.stdout and "holds" in told.stdout
+    narrow = CliRunner().invoke(app, ["verify", "rloo"], catch_exceptions=False, env={"COLUMNS": "80"}).stdout
+    assert "rloo(beta=0.5)" in narrow and max(map(len, narrow.splitlines())) <= 80
 
 
 LOSS = """

@@ -14,6 +14,7 @@ from keel.verify.entry import verify
 from keel.verify.losses import verify_loss
 from keel.verify.recipes import HOLDS, Verification
 
+WIDE = 110  # columns
 STYLE = {"holds": "green", "falls short": "yellow", "no objective": "dim"}
 
 
@@ -36,7 +37,8 @@ def run_verify(names: Sequence[str], everything: bool, full: bool, arguments: Ma
     if as_json:
         print_json([plain(one.to_dict()) for one in found])
     else:
-        Console().print(table(found, full))
+        out = Console()
+        out.print(table(found, full, wide=out.width >= WIDE))
         for one in found:
             for reason in one.reasons:
                 print(f"{one.label}: {reason}")
@@ -56,29 +58,22 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def table(found: Sequence[Verification], full: bool) -> Table:
-    """One line for each recipe."""
+def table(found: Sequence[Verification], full: bool, wide: bool) -> Table:
+    """One line for each recipe; the objective only where there is room for it."""
     out = Table(box=None, pad_edge=False, header_style="bold")
-    out.add_column("recipe", overflow="fold")
-    for name in ("error", "cosine", "off-policy", "groups"):
-        out.add_column(name, justify="right", no_wrap=True)
-    if full:
-        out.add_column("fixed point", justify="right", no_wrap=True)
+    out.add_column("recipe", no_wrap=True)
     out.add_column("status", no_wrap=True)
-    out.add_column("objective", overflow="fold")
+    for name in ("error", "off-policy", "groups", *(["fixed point"] if full else [])):
+        out.add_column(name, justify="right", no_wrap=True)
+    if wide:
+        out.add_column("objective", overflow="fold")
     for one in found:
-        cells = [escape(one.label), *numbers(one)]
-        if full:
-            cells.append(_share(one.fixed_point_tv))
-        out.add_row(*cells, f"[{STYLE[one.status]}]{one.status}[/]", escape(one.objective))
+        groups = f"{_share(one.groups[-1].relative_error)} (G={one.groups[-1].size})" if one.groups else ""
+        cells = [_share(one.gradient_relative_error), _share(one.off_policy_relative_error), groups]
+        cells += [_share(one.fixed_point_tv)] if full else []
+        cells += [escape(one.objective)] if wide else []
+        out.add_row(escape(one.label), f"[{STYLE[one.status]}]{one.status}[/]", *cells)
     return out
-
-
-def numbers(found: Verification) -> list[str]:
-    """Gradient error, cosine, off-policy error, and the error in groups."""
-    groups = f"{_share(found.groups[-1].relative_error)} (G={found.groups[-1].size})" if found.groups else ""
-    cosine = "" if found.cosine is None else f"{found.cosine:.4f}"
-    return [_share(found.gradient_relative_error), cosine, _share(found.off_policy_relative_error), groups]
 
 
 def _share(value: float | None) -> str:

@@ -21,12 +21,12 @@ from torch import Tensor
 from keel.divergences.family import FDivergence, f_divergence
 from keel.exact.optima import optimum
 from keel.exact.space import TabularPolicy
-from keel.exact.states import state_optimum
+from keel.exact.states import sequence_log_probs, state_optimum
 from keel.targets import target as targets
 from keel.targets.curated import curated
 from keel.targets.moments import fit_multipliers
 from keel.targets.target import Target
-from keel.verify.world import World, sequence_log_probs
+from keel.verify.world import World
 
 Form = Literal["reward", "target", "data"]
 Level = Literal["sequence", "state"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from keel.core.choice import generator
 from keel.core.rows import Rows, cat
 from keel.exact.space import SequenceSpace, TabularPolicy
+from keel.exact.states import sequence_log_probs
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +62,6 @@ class World:
     def _further(self, name: str) -> Tensor:
         noise = torch.randn(self.ref.shape, generator=generator("world", name), dtype=torch.float64)
         return self.ref + 0.3 * noise
-
-
-def sequence_log_probs(policy: TabularPolicy) -> Float[Tensor, "Q S"]:
-    """log pi(y | x) of every sequence, differentiable."""
-    return torch.stack([policy.log_prob(policy.space.rows(prompt)) for prompt in range(policy.space.prompts)])
 
 
 def random_world(
