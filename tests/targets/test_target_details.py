@@ -30,13 +30,30 @@ def test_likelihoods():
     assert found == pytest.approx([1 / (1 + math.exp(2)), 0.5, 1 / (1 + math.exp(-4))], rel=1e-12)
 
 
-def test_the_multiplier_of_total_variation():
+@pytest.mark.parametrize(("name", "beta"), [("tv", 2.5), ("2*tv", 1.25), ("0.5*tv", 5.0)])
+def test_the_multiplier_of_total_variation(name, beta):
     """beta f' is beta / 2 where mass arrives: r - lambda = beta / 2 at the best outcome, which has taken some."""
     log_ref = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
     reward = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
-    found = f_tilt(log_ref, reward, 2.5, "tv")
+    found = f_tilt(log_ref, reward, beta, name)
     assert found.log_prob.exp().tolist() == pytest.approx([0.0, 0.3, 0.7], abs=1e-12)  # 3 > beta moves, 2 < beta stays
     assert float(found.multiplier) == pytest.approx(3 - 1.25, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("reward", "beta", "prob"),
+    [
+        ((0.0, 1.0, 3.0), 2.0, (0.0, 0.3, 0.7)),  # 1 is worth no less than 3 - 2, and stays
+        ((0.0, 1.0, 3.0), 3.0, (0.5, 0.3, 0.2)),
+        ((0.0, 2.0, 2.0), 2.0, (0.5, 0.3, 0.2)),
+        ((0.0, 2.0, 2.0), 1.9, (0.0, 0.6, 0.4)),  # shared as the reference does
+    ],
+)
+def test_total_variation_keeps_what_is_worth_its_move(reward, beta, prob):
+    """Mass stays where r >= max r - beta, the bound included: there moving it gains nothing."""
+    log_ref = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    found = f_tilt(log_ref, torch.tensor(reward, dtype=torch.float64), beta, "tv")
+    assert found.log_prob.exp().tolist() == pytest.approx(prob, abs=1e-12)
 
 
 @pytest.mark.parametrize("kl", [0.05, 5.0])

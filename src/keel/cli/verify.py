@@ -63,12 +63,12 @@ def table(found: Sequence[Verification], full: bool, wide: bool) -> Table:
     out = Table(box=None, pad_edge=False, header_style="bold")
     out.add_column("recipe", no_wrap=True)
     out.add_column("status", no_wrap=True)
-    for name in ("error", "off-policy", "groups", *(["fixed point"] if full else [])):
+    for name in ("error", "off-policy", "groups (G)", *(["fixed"] if full else [])):
         out.add_column(name, justify="right", no_wrap=True)
     if wide:
         out.add_column("objective", overflow="fold")
     for one in found:
-        groups = f"{_share(one.groups[-1].relative_error)} (G={one.groups[-1].size})" if one.groups else ""
+        groups = f"{_share(one.groups[-1].relative_error)} ({one.groups[-1].size})" if one.groups else ""
         cells = [_share(one.gradient_relative_error), _share(one.off_policy_relative_error), groups]
         cells += [_share(one.fixed_point_tv)] if full else []
         cells += [escape(one.objective)] if wide else []
