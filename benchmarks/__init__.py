@@ -1,1 +1,1 @@
-"""Measurements side by side with a peer, in one run: medians and ratios, never an absolute time to hold on to."""
+"""Keel and its peers on the same work, in one process and in turns."""

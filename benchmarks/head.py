@@ -1,0 +1,122 @@
+"""Log-probability, entropy and full-vocabulary KL: the engine's chunks against materialised logits."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measuring import PeakMemory, Row, in_process, medians
+from keel.core.policy import Head
+from keel.core.rows import Rows
+from keel.statistics.engine import Engine
+from keel.statistics.functionals import Divergence, Entropy, LogProb
+
+TOKENS, DIM, VOCABULARY = 4096, 256, 32768
+COMMAND = "python -m benchmarks head"
+
+
+class States(nn.Module):
+    """A policy whose states are its parameters: only the head is measured."""
+
+    def __init__(self, states: Tensor, weight: Tensor):
+        super().__init__()
+        self.states = nn.Parameter(states)
+        self.output = nn.Linear(DIM, VOCABULARY, bias=False)
+        self.output.weight = nn.Parameter(weight)
+        self.module, self.head = self, Head(self.output)
+
+    def hidden(self, rows: Rows) -> Tensor:
+        """The states of the rows."""
+        return self.states
+
+
+def problem() -> tuple[States, States, Rows]:
+    """A policy, a reference near it, and 32 rows of 128 tokens."""
+    chance = torch.Generator().manual_seed(0)
+    states = torch.randn(32, TOKENS // 32, DIM, generator=chance)
+    weight = torch.randn(VOCABULARY, DIM, generator=chance) / DIM**0.5
+    near = weight + 0.1 * torch.randn(VOCABULARY, DIM, generator=chance) / DIM**0.5
+    tokens = torch.randint(0, VOCABULARY, (32, TOKENS // 32), generator=chance)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    rows = Rows.build(tokens[:, :1], mask[:, :1], tokens, mask)
+    ref = States(states.clone(), near).requires_grad_(False)
+    return States(states, weight), ref, rows
+
+
+def engine_way(policy: States, ref: States, rows: Rows) -> Callable[[], Tensor]:
+    """One step of the engine at its default chunk size."""
+    engine = Engine({"policy": policy, "ref": ref})
+    asked = [LogProb(), Entropy(), Divergence("kl_policy_ref", "ref")]
+
+    def run() -> Tensor:
+        policy.zero_grad(set_to_none=True)
+        return engine.step(asked, rows, frozen(), lambda r, s: sum(s[f].mean() * c for f, c in zip(asked, WEIGHTS)))[0]
+
+    return run
+
+
+def materialised_way(policy: States, ref: States, rows: Rows) -> Callable[[], Tensor]:
+    """The same sum with all logits in memory, by autograd, as a trainer would write it."""
+
+    def run() -> Tensor:
+        policy.zero_grad(set_to_none=True)
+        logp = policy.output(policy.states.flatten(0, 1)).log_softmax(-1)
+        with torch.no_grad():
+            other = ref.output(ref.states.flatten(0, 1)).log_softmax(-1)
+        p = logp.exp()
+        chosen = logp.gather(-1, rows.tokens.reshape(-1, 1))[:, 0]
+        values = chosen, -(p * logp).sum(-1), (p * (logp - other)).sum(-1)
+        loss = sum(value.mean() * c for value, c in zip(values, WEIGHTS))
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+WEIGHTS = (-1.0, -0.01, 0.04)
+WAYS = {"engine": engine_way, "materialised": materialised_way}
+
+
+def frozen():
+    """No statistic is known beforehand."""
+    from keel.statistics.stats import Stats
+
+    return Stats()
+
+
+def rows(repeats: int = 5, threads: int = 2) -> Iterator[Row]:
+    """Time, then memory, each way in a process of its own for the latter."""
+    policy, ref, batch = problem()
+    ours, theirs = engine_way(policy, ref, batch), materialised_way(policy, ref, batch)
+    gradients = []
+    for way in (ours, theirs):
+        value = way()
+        gradients.append((value, policy.states.grad, policy.output.weight.grad))
+    apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients))
+    spent = medians([theirs, ours], repeats, warm=0)
+    work = f"log-probability + entropy + KL of the vocabulary, {TOKENS} tokens, d {DIM}, vocabulary {VOCABULARY}"
+    accuracy = f"gradients equal to {apart:.0e}"
+    yield Row(
+        f"{work}: time", "default", 1e3 * spent[1], 1e3 * spent[0], "ms", spent[0] / spent[1], 2.0, accuracy, COMMAND
+    )
+    code = "from benchmarks.head import memory; memory({!r})"
+    extra = {name: in_process(code.format(name), threads)["extra"] for name in WAYS}
+    ratio = extra["materialised"] / extra["engine"]
+    mega = [extra[name] / 2**20 for name in ("engine", "materialised")]
+    yield Row(f"{work}: extra memory", "default", *mega, "MiB", ratio, 40.0, "", COMMAND)
+
+
+def memory(way: str) -> None:
+    """Peak of one way beyond its inputs and gradients."""
+    policy, ref, batch = problem()
+    run = WAYS[way](policy, ref, batch)
+    policy.states.grad, policy.output.weight.grad = (
+        torch.zeros_like(policy.states),
+        torch.zeros_like(policy.output.weight),
+    )
+    policy.zero_grad = lambda set_to_none=True: None  # the gradients' own memory is the same for both
+    with PeakMemory() as peak:
+        run()
+    print(json.dumps({"extra": peak.extra}))

@@ -1,0 +1,162 @@
+"""One GRPO step, from prompts to updated weights, against TRL's `GRPOTrainer`."""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measuring import PeakMemory, Row, in_process
+from benchmarks.models import build
+
+PROMPTS, GROUP, PROMPT, LENGTH, BETA = 16, 8, 12, 32, 0.04
+STEPS = 3  # of a turn; its first is not counted
+GOALS = {"trl": 2.0, "trl fp32": 1.8}
+Way = Callable[[], list[float]]
+
+
+def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """How often the commonest letter of random words occurs: cheap, and different within a group."""
+    return [text.count("1") / 10 for text in completions]
+
+
+def questions(vocabulary: int) -> list[dict[str, str]]:
+    """Prompts of twelve words."""
+    chance = torch.Generator().manual_seed(0)
+    words = torch.randint(3, vocabulary, (256, PROMPT), generator=chance).tolist()
+    return [{"prompt": " ".join(f"w{i}" for i in row)} for row in words]
+
+
+def keel_way(shape: str, vocabulary: int, **settings: Any) -> Way:
+    """Seconds of the counted steps of one turn."""
+    from keel.train.online import run
+    from keel.train.session import build_session
+    from keel.train.setup import prepare_setup
+
+    model = build(shape, vocabulary)
+    model.eos_ids = ()
+    asked = {
+        "beta": BETA,
+        "max_steps": STEPS,
+        "learning_rate": 1e-6,
+        "rollout.num_prompts": PROMPTS,
+        "rollout.num_generations": GROUP,
+        "rollout.max_completion_length": LENGTH,
+        **settings,
+    }
+    setup = prepare_setup(
+        "grpo", model, None, None, questions(vocabulary), reward, seed=0, name=None, config=None, settings=asked
+    )
+
+    def way() -> list[float]:
+        session = build_session(setup.config, setup.task, model, setup.rewards)
+        run(session)
+        return [metrics["step_time"] for metrics in session.metrics[1:]]
+
+    return way
+
+
+def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
+    """The same of TRL."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(TrainerCallback):
+        """Seconds of each step, generation included."""
+
+        def __init__(self) -> None:
+            self.begun, self.spent = 0.0, []
+
+        def on_step_begin(self, args, state, control, **known) -> None:
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **known) -> None:
+            self.spent.append(time.perf_counter() - self.begun)
+
+    model = build(shape, vocabulary)
+    folder = tempfile.TemporaryDirectory()
+    model.module.save_pretrained(folder.name)  # the reference is loaded from where the model came
+    arguments = GRPOConfig(
+        output_dir=str(Path(folder.name) / "out"),
+        per_device_train_batch_size=PROMPTS * GROUP,
+        num_generations=GROUP,
+        max_completion_length=LENGTH,
+        generation_kwargs={"min_new_tokens": LENGTH},
+        beta=BETA,
+        learning_rate=1e-6,
+        max_steps=STEPS,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        **settings,
+    )
+    clock = Clock()
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder.name),
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=Dataset.from_list(questions(vocabulary)),
+        processing_class=model.tokenizer,
+        callbacks=[clock],
+    )
+
+    def way() -> list[float]:
+        clock.spent.clear()
+        trainer.state = TrainerState()
+        trainer.train()
+        return clock.spent[1:]
+
+    way.folder = folder  # type: ignore[attr-defined]  # lives as long as the trainer
+    return way
+
+
+FP32 = {"bf16": False, "gradient_checkpointing": False}
+WAYS: dict[str, tuple[Callable[..., Way], dict[str, Any]]] = {
+    "keel": (keel_way, {}),
+    "trl": (trl_way, {}),
+    "trl fp32": (trl_way, FP32),
+}
+
+
+def rows(shape: str | None = None, vocabulary: int | None = None, repeats: int = 5, threads: int = 2) -> Iterator[Row]:
+    """Time against TRL at its defaults and in fp32; memory against its defaults."""
+    for name, size in (("1M", 64), ("10M", 32768)):
+        if shape in (None, name) and vocabulary in (None, size):
+            yield from measure(name, size, repeats, threads)
+
+
+def measure(shape: str, vocabulary: int, repeats: int, threads: int) -> Iterator[Row]:
+    """One model."""
+    command = f"python -m benchmarks step --shape {shape} --vocabulary {vocabulary}"
+    work = f"GRPO step, {PROMPTS} x {GROUP}, {LENGTH} tokens, beta {BETA}, {shape} parameters, vocabulary {vocabulary}"
+    ways = {name: make(shape, vocabulary, **settings) for name, (make, settings) in WAYS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            found = way()
+            seconds[name] += found if turn else []
+    spent = {name: statistics.median(found) for name, found in seconds.items()}
+    for peer, goal in GOALS.items():
+        title = f"{work}: time, against TRL {'in fp32' if peer.endswith('fp32') else 'at its defaults'}"
+        ratio = spent[peer] / spent["keel"]
+        yield Row(title, "default (fp32)", 1e3 * spent["keel"], 1e3 * spent[peer], "ms", ratio, goal, "", command)
+    code = "from benchmarks.step import memory; memory({!r}, {!r}, {})"
+    mega = [in_process(code.format(name, shape, vocabulary), threads)["extra"] / 2**20 for name in ("keel", "trl")]
+    title = f"{work}: peak memory, against TRL at its defaults"
+    yield Row(title, "default (fp32)", *mega, "MiB", mega[1] / mega[0], 1.0, "", command)
+
+
+def memory(name: str, shape: str, vocabulary: int) -> None:
+    """Peak of a turn, beyond the trainer that stands ready."""
+    make, settings = WAYS[name]
+    way = make(shape, vocabulary, **settings)
+    with PeakMemory() as peak:
+        way()
+    print(json.dumps({"extra": peak.extra}))
