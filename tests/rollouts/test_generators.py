@@ -11,7 +11,7 @@ from keel.core.rows import Stop
 from keel.models.adapters import LoRA
 from keel.models.language import LanguageModel
 from keel.models.load import load, save
-from keel.rollouts import steppers
+from keel.rollouts import caches
 from keel.rollouts.choose import choose_generator
 from keel.rollouts.local import LocalGenerator
 from keel.rollouts.sampling import Sampling
@@ -180,7 +180,7 @@ def test_rows_that_leave_the_batch_change_nothing(name):
 
 
 def test_long_completions_outgrow_their_buffers(monkeypatch):
-    monkeypatch.setattr(steppers.LayerCache, "CHUNK", 8)
+    monkeypatch.setattr(caches, "CHUNK", 8)
     policy = model("qwen3")
     sampling = Sampling(max_completion_length=70, temperature=1.5)
     rows = LocalGenerator(policy).generate(PROMPTS, 6, sampling, seed=1)

@@ -164,25 +164,25 @@ def decode(
         states = stepper.prefill(prompts.ids, prompts.mask, limit)[prompts.index]
     stepper.expand(prompts.index)
     alive = torch.arange(rows, device=device)  # where the rows of the batch belong
-    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    done, gone = torch.zeros(rows, dtype=torch.bool, device=device), 0
     for t in range(limit):
         chosen, chosen_logp = chooser(model.for_head(states), alive, t)
-        tokens[alive, t], logp[alive, t] = chosen, chosen_logp
+        tokens[:, t].index_copy_(0, alive, chosen)
+        logp[:, t].index_copy_(0, alive, chosen_logp)
         finished = [(ends[chosen], Stop.EOS)] if ends is not None else []
         if texts is not None:
             finished.append((texts.found(tokens, alive, chosen, t), Stop.STOP_STRING))
         for now, reason in finished:
-            now = now & ~done
-            length[alive[now]], stop[alive[now]] = t + 1, int(reason)
-            done |= now
-        if t + 1 == limit:
-            break
-        gone = int(done.sum())
-        if gone == len(done):
+            if bool(now.any()):
+                now = now & ~done
+                length[alive[now]], stop[alive[now]] = t + 1, int(reason)
+                done |= now
+                gone = int(done.sum())
+        if t + 1 == limit or gone == len(done):
             break
         if gone >= max(1.0, compact * len(done)):
             index = survivors(done)
-            alive, chosen, done = alive[index], chosen[index], done[index]
+            alive, chosen, done, gone = alive[index], chosen[index], done[index], 0
             stepper.keep(index)
         with model.mixed():
             states = stepper.step(chosen)
@@ -252,32 +252,35 @@ class Chooser:
 def draw(probs: Float[Tensor, "n V"], uniform: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
     """The first token whose cumulative probability exceeds the uniform's share; never one of probability 0.
 
-    Sums are taken in fp64. A large vocabulary is searched in two levels, blocks first, because a running sum over all
-    of it costs more than everything else.
+    Running sums are taken in fp64. A large vocabulary is searched in two levels, blocks first, because a running sum
+    over all of it costs more than everything else.
     """
     rows, vocabulary = probs.shape
     if vocabulary <= 4 * BLOCK:
-        return _search(probs, uniform)[0]
+        return _search(probs.double(), uniform)[0][:, 0]
     blocks = -(-vocabulary // BLOCK)
     if vocabulary % BLOCK:
         probs = torch.nn.functional.pad(probs, (0, blocks * BLOCK - vocabulary))
     grid = probs.view(rows, blocks, BLOCK)
-    block, rest = _search(grid.sum(-1, dtype=torch.float64), uniform)
-    inside = grid[torch.arange(rows, device=probs.device), block]
-    return block * BLOCK + _search(inside, rest)[0]
+    weight = grid.sum(-1).double()
+    block, goal, sums = _search(weight, uniform)
+    size = weight.gather(-1, block)
+    rest = (1 - (sums.gather(-1, block) - goal) / size).clamp(0, 1)[:, 0]  # of the block, below the point
+    inside = grid.gather(1, block[:, :, None].expand(rows, 1, BLOCK))[:, 0]
+    return (block * BLOCK + _search(inside.double(), rest)[0])[:, 0]
 
 
-def _search(weight: Float[Tensor, "n m"], share: Float[Tensor, "n"]) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
-    """The entry at which the running sum exceeds `share` of the total, and the share of that entry below the point."""
-    sums = weight.double().cumsum(-1)
+def _search(
+    weight: Float[Tensor, "n m"], share: Float[Tensor, "n"]
+) -> tuple[Int[Tensor, "n 1"], Float[Tensor, "n 1"], Float[Tensor, "n m"]]:
+    """The entry at which the running sum exceeds `share` of the total; the sum that was looked for, and all sums."""
+    sums = weight.cumsum(-1)
     total = sums[:, -1:]
     # below the total, so that rounding never leads past the last entry with weight
     goal = torch.minimum(share[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # weights that are no numbers must not lead past the end; their log-probability says that they are none
-    place = torch.searchsorted(sums, goal, right=True).clamp(max=sums.shape[-1] - 1)
-    size = weight.double().gather(-1, place)
-    below = sums.gather(-1, place) - size
-    return place[:, 0], ((goal - below) / size).clamp(0, 1)[:, 0]
+    place = torch.searchsorted(sums, goal, right=True).clamp_(max=sums.shape[-1] - 1)
+    return place, goal, sums
 
 
 def _pick(values: Float[Tensor, "n V"], token: Int[Tensor, "n"]) -> Float[Tensor, "n"]:

@@ -1,0 +1,170 @@
+"""One layer of the Llama family for one token of each row, through its own submodules or on fused copies of weights."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keel.models.language import LanguageModel
+from keel.rollouts.caches import Workspace
+
+FUSED_BYTES = 256 << 20  # weights up to this size are copied into fused matrices for each call
+
+
+class Angles:
+    """The rotary embedding of all positions, in the two forms that layers read.
+
+    Args:
+        cos, sin: as transformers gives them, both halves alike, shape [S, d].
+    """
+
+    def __init__(self, cos: Float[Tensor, "S d"], sin: Float[Tensor, "S d"]):
+        half = cos.shape[-1] // 2
+        self.cos, self.sin = cos, torch.cat([-sin[:, :half], sin[:, half:]], -1)
+        self.turn = torch.complex(cos[:, :half].float(), sin[:, :half].float())
+
+    def at(self, place: int | Int[Tensor, "n 1"]) -> "Angles":
+        """Those of one position, or of one for each row."""
+        found = object.__new__(Angles)
+        found.cos, found.sin, found.turn = self.cos[place], self.sin[place], self.turn[place]
+        return found
+
+
+class Unfused:
+    """One layer through its own submodules, adapters and hooks included."""
+
+    order: Int[Tensor, "d"] | None = None
+
+    def __init__(self, layer: Any):
+        self.layer, self.attention = layer, layer.self_attn
+        self.dim = layer.self_attn.head_dim
+
+    def project(
+        self, x: Float[Tensor, "n D"], angles: Angles
+    ) -> tuple[Float[Tensor, "n H d"], Float[Tensor, "n K d"], Float[Tensor, "n K d"]]:
+        """Query, scaled, key and value of one token."""
+        attention, rows = self.attention, len(x)
+        h = self.layer.input_layernorm(x)
+        query = attention.q_proj(h).view(rows, -1, self.dim)
+        key = attention.k_proj(h).view(rows, -1, self.dim)
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
+        value = attention.v_proj(h).view(rows, -1, self.dim)
+        cos, sin = angles.cos.to(query.dtype), angles.sin.to(query.dtype)
+        return rotate(query, cos, sin) * attention.scaling, rotate(key, cos, sin), value
+
+    def finish(self, x: Float[Tensor, "n D"], attended: Float[Tensor, "n A"]) -> Float[Tensor, "n D"]:
+        """The rest of the layer after attention."""
+        x = x + self.attention.o_proj(attended)
+        return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
+
+
+class Fused:
+    """One layer on copies of its weights: three projections in one product, two in another, norm and scale inside.
+
+    The channels of queries and keys are reordered, so that the two which are rotated together stand side by side as one
+    complex number; `order` brings the channels of other keys into the same order.
+    """
+
+    def __init__(self, layer: Any, workspace: Workspace):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.dim = attention.head_dim
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+        self.heads, self.kv_heads = query.out_features // self.dim, key.out_features // self.dim
+        self.order = torch.arange(self.dim, device=query.weight.device).view(2, -1).t().flatten()
+        self.normed = hasattr(attention, "q_norm")
+        scale = 1.0 if self.normed else attention.scaling
+        before, after = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.before, self.after = before.scaled, after.scaled
+        qkv = [self._ordered(query.weight) * scale, self._ordered(key.weight), value.weight]
+        self.qkv = torch.cat(qkv) * before.weight
+        self.qkv_bias = None
+        if query.bias is not None:
+            self.qkv_bias = torch.cat([self._ordered(query.bias) * scale, self._ordered(key.bias), value.bias])
+        if self.normed:
+            norms = [Norm(attention.q_norm), Norm(attention.k_norm)]
+            rows = [n.weight[self.order].expand(heads, -1) for n, heads in zip(norms, self._counts(), strict=True)]
+            self.qk_norm, self.qk_weight = norms[0].scaled, torch.cat([rows[0] * attention.scaling, rows[1]])
+        self.out, self.act = attention.o_proj, mlp.act_fn
+        gate, up, self.down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.hidden = gate.out_features
+        self.gate_up = torch.cat([gate.weight, up.weight]) * after.weight
+        self.gate_up_bias = None if gate.bias is None else torch.cat([gate.bias, up.bias])
+        self.workspace = workspace
+
+    def project(
+        self, x: Float[Tensor, "n D"], angles: Angles
+    ) -> tuple[Float[Tensor, "n H d"], Float[Tensor, "n K d"], Float[Tensor, "n K d"]]:
+        """Query, scaled, key and value of one token."""
+        h = self._linear("qkv", self.before(x), self.qkv, self.qkv_bias).view(len(x), -1, self.dim)
+        both = self.heads + self.kv_heads
+        qk = h[:, :both]
+        if self.normed:
+            qk = self.qk_norm(qk).mul_(self.qk_weight)
+        pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2)))
+        qk = torch.view_as_real(pairs * angles.turn).flatten(-2)
+        return qk[:, : self.heads], qk[:, self.heads :], h[:, both:]
+
+    def finish(self, x: Float[Tensor, "n D"], attended: Float[Tensor, "n A"]) -> Float[Tensor, "n D"]:
+        """The rest of the layer after attention."""
+        x = _add_linear(x, attended, self.out)
+        h = self._linear("gate_up", self.after(x), self.gate_up, self.gate_up_bias)
+        return _add_linear(x, self.act(h[:, : self.hidden]).mul_(h[:, self.hidden :]), self.down)
+
+    def _linear(self, name: str, x: Float[Tensor, "n D"], weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A product into memory that all layers share."""
+        out = self.workspace.take(name, (len(x), len(weight)), x)
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+    def _ordered(self, rows: Float[Tensor, "Hd *D"]) -> Float[Tensor, "Hd *D"]:
+        return rows.view(-1, self.dim, *rows.shape[1:])[:, self.order].flatten(0, 1)
+
+    def _counts(self) -> tuple[int, int]:
+        return self.heads, self.kv_heads
+
+
+class Norm:
+    """RMSNorm in three passes instead of seven: x / sqrt(mean x^2 + eps) = sqrt(D) x / hypot(|x|, sqrt(D eps)).
+
+    Args:
+        module: of the Llama family; `weight` holds its weight times sqrt(D).
+    """
+
+    def __init__(self, module: Any):
+        size = len(module.weight)
+        self.weight = module.weight * math.sqrt(size)
+        self.floor = torch.tensor(math.sqrt(size * module.variance_epsilon), device=module.weight.device)
+
+    def scaled(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        """x / hypot(|x|, sqrt(D eps)), without the weight."""
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self.floor)
+
+    def __call__(self, x: Float[Tensor, "*n D"]) -> Float[Tensor, "*n D"]:
+        return self.scaled(x).mul_(self.weight)
+
+
+def rotate(x: Float[Tensor, "n H d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "n H d"]:
+    """The rotary embedding; the first half of `sin` carries the sign of `rotate_half`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def _add_linear(x: Tensor, h: Tensor, layer: nn.Linear) -> Tensor:
+    out = torch.addmm(x, h, layer.weight.t())
+    return out if layer.bias is None else out.add_(layer.bias)
+
+
+def fusible(model: LanguageModel) -> bool:
+    """Whether the layers are small, in fp32, and nothing but plain linear ones."""
+    if model.autocast is not None or model.adapted:
+        return False
+    size = 0
+    for module in model.transformer.base_model.layers.modules():
+        linear = hasattr(module, "in_features") or hasattr(module, "base_layer")
+        if module._forward_hooks or module._forward_pre_hooks or (linear and type(module) is not nn.Linear):
+            return False
+        size += sum(p.numel() for p in module.parameters(recurse=False))
+    return 4 * size <= FUSED_BYTES and all(
+        p.dtype == torch.float32 for p in model.transformer.base_model.layers.parameters()
+    )
