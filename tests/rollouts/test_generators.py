@@ -11,7 +11,7 @@ from keel.core.rows import Stop
 from keel.models.adapters import LoRA
 from keel.models.language import LanguageModel
 from keel.models.load import load, save
-from keel.rollouts import caches
+from keel.rollouts import caches, steppers
 from keel.rollouts.choose import choose_generator
 from keel.rollouts.local import LocalGenerator
 from keel.rollouts.sampling import Sampling
@@ -51,8 +51,10 @@ def equal(one, other) -> None:
     torch.testing.assert_close(one.logp["behaviour"][one.mask], other.logp["behaviour"][other.mask], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("short", [0, caches.SHORT])
 @pytest.mark.parametrize("name", OWN + CACHED)
-def test_decoding_gives_the_logits_of_a_whole_forward_pass(name):
+def test_decoding_gives_the_logits_of_a_whole_forward_pass(name, short, monkeypatch):
+    monkeypatch.setattr(steppers, "SHORT", short)  # 0: no prompt is copied to its rows
     policy = model(name)
     own = name in OWN
     stepper = DecoderStepper(policy) if own else CacheStepper(policy)
@@ -179,8 +181,10 @@ def test_rows_that_leave_the_batch_change_nothing(name):
     assert len(kept.lengths.unique()) > 5
 
 
-def test_long_completions_outgrow_their_buffers(monkeypatch):
+@pytest.mark.parametrize("short", [0, caches.SHORT])
+def test_long_completions_outgrow_their_buffers(monkeypatch, short):
     monkeypatch.setattr(caches, "CHUNK", 8)
+    monkeypatch.setattr(steppers, "SHORT", short)
     policy = model("qwen3")
     sampling = Sampling(max_completion_length=70, temperature=1.5)
     rows = LocalGenerator(policy).generate(PROMPTS, 6, sampling, seed=1)
@@ -265,9 +269,12 @@ def test_new_weights_are_seen_at_the_next_call():
     torch.testing.assert_close(rows.logp["behaviour"][rows.mask], recomputed(policy, rows, sampling), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("short", [0, caches.SHORT])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_bf16_stays_close_to_the_recomputed_log_probabilities(mixed):
-    full = model("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "llama_bias_rope"])
+def test_bf16_stays_close_to_the_recomputed_log_probabilities(name, mixed, short, monkeypatch):
+    monkeypatch.setattr(steppers, "SHORT", short)
+    full = model(name)
     policy = LanguageModel(full.module, full.tokenizer, autocast=torch.bfloat16) if mixed else full
     if not mixed:
         full.module.to(torch.bfloat16)

@@ -244,7 +244,7 @@ class SharedCache:
     def attend(self, query: Float[Tensor, "n H d"], length: int) -> Float[Tensor, "n A"]:
         """See `Cache`."""
         rows, dim = len(query), query.shape[-1]
-        query = query.reshape(rows, self.heads, -1, dim)
+        query = query.contiguous().view(rows, self.heads, -1, dim)
         own, width = rows * self.heads, self.prompt_keys.shape[-1]
         reach = max(length, self.least)
         keys, values = self.buffers.read(rows, reach)

@@ -16,6 +16,7 @@ from torch import Tensor
 from keel.core.choice import counter_seed, row_ids, uniforms
 from keel.core.errors import UserError
 from keel.core.policy import Head
+from keel.core.products import fast_products, worth
 from keel.core.rows import Rows, Stop
 from keel.models.language import LanguageModel
 from keel.rollouts.sampling import Sampling
@@ -160,7 +161,7 @@ def decode(
     texts = StopStrings.of(model, sampling.stop_strings)
     chooser = Chooser(model.head, sampling, prompts.row, limit)
 
-    with model.mixed():
+    with fast_products(prompts.ids.numel() > 1), model.mixed():
         states = stepper.prefill(prompts.ids, prompts.mask, limit)[prompts.index]
     stepper.expand(prompts.index)
     alive = torch.arange(rows, device=device)  # where the rows of the batch belong
@@ -221,7 +222,9 @@ class Chooser:
         self, states: Float[Tensor, "n D"], alive: Int[Tensor, "n"], position: int
     ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
         """Tokens of the rows `alive`, and their log-probabilities under the distribution sampled."""
-        return self.choose(self.head.logits(states), alive, position)
+        with fast_products(worth(states, self.head.module)):
+            logits = self.head.logits(states)
+        return self.choose(logits, alive, position)
 
     def choose(
         self, logits: Float[Tensor, "n V"], alive: Int[Tensor, "n"], position: int

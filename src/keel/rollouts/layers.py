@@ -35,8 +35,6 @@ class Angles:
 class Unfused:
     """One layer through its own submodules, adapters and hooks included."""
 
-    order: Int[Tensor, "d"] | None = None
-
     def __init__(self, layer: Any):
         self.layer, self.attention = layer, layer.self_attn
         self.dim = layer.self_attn.head_dim
@@ -65,10 +63,16 @@ class Fused:
     """One layer on copies of its weights: three projections in one product, two in another, norm and scale inside.
 
     The channels of queries and keys are reordered, so that the two which are rotated together stand side by side as one
-    complex number; `order` brings the channels of other keys into the same order.
+    complex number; `order` brings the channels of other keys into the same order. In mixed precision the products are
+    in bf16 and all else, the cache too, in fp32.
+
+    Args:
+        layer: of the Llama family, in fp32.
+        workspace: memory for what the products give.
+        dtype: of the products; None is that of the weights.
     """
 
-    def __init__(self, layer: Any, workspace: Workspace):
+    def __init__(self, layer: Any, workspace: Workspace, dtype: torch.dtype | None = None):
         attention, mlp = layer.self_attn, layer.mlp
         self.dim = attention.head_dim
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
@@ -92,7 +96,11 @@ class Fused:
         self.hidden = gate.out_features
         self.gate_up = torch.cat([gate.weight, up.weight]) * after.weight
         self.gate_up_bias = None if gate.bias is None else torch.cat([gate.bias, up.bias])
-        self.workspace = workspace
+        self.workspace, self.dtype = workspace, dtype
+        self.out_weight, self.down_weight = self.out.weight, self.down.weight
+        if dtype is not None:
+            self.qkv, self.gate_up = self.qkv.to(dtype), self.gate_up.to(dtype)
+            self.out_weight, self.down_weight = self.out_weight.to(dtype), self.down_weight.to(dtype)
 
     def project(
         self, x: Float[Tensor, "n D"], angles: Angles
@@ -109,14 +117,25 @@ class Fused:
 
     def finish(self, x: Float[Tensor, "n D"], attended: Float[Tensor, "n A"]) -> Float[Tensor, "n D"]:
         """The rest of the layer after attention."""
-        x = _add_linear(x, attended, self.out)
+        x = self._added(x, attended, self.out_weight, self.out.bias)
         h = self._linear("gate_up", self.after(x), self.gate_up, self.gate_up_bias)
-        return _add_linear(x, self.act(h[:, : self.hidden]).mul_(h[:, self.hidden :]), self.down)
+        h = self.act(h[:, : self.hidden]).mul_(h[:, self.hidden :])
+        return self._added(x, h, self.down_weight, self.down.bias)
 
     def _linear(self, name: str, x: Float[Tensor, "n D"], weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A product into memory that all layers share."""
+        """A product, if in fp32 into memory that all layers share."""
+        if self.dtype is not None:
+            out = torch.mm(x.to(self.dtype), weight.t()).float()
+            return out if bias is None else out.add_(bias)
         out = self.workspace.take(name, (len(x), len(weight)), x)
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+    def _added(self, x: Float[Tensor, "n D"], h: Float[Tensor, "n h"], weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.dtype is None:
+            out = torch.addmm(x, h, weight.t())
+        else:
+            out = x + torch.mm(h.to(self.dtype), weight.t())
+        return out if bias is None else out.add_(bias)
 
     def _ordered(self, rows: Float[Tensor, "Hd *D"]) -> Float[Tensor, "Hd *D"]:
         return rows.view(-1, self.dim, *rows.shape[1:])[:, self.order].flatten(0, 1)
@@ -150,14 +169,10 @@ def rotate(x: Float[Tensor, "n H d"], cos: Tensor, sin: Tensor) -> Float[Tensor,
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def _add_linear(x: Tensor, h: Tensor, layer: nn.Linear) -> Tensor:
-    out = torch.addmm(x, h, layer.weight.t())
-    return out if layer.bias is None else out.add_(layer.bias)
-
-
 def fusible(model: LanguageModel) -> bool:
-    """Whether the layers are small, in fp32, and nothing but plain linear ones."""
-    if model.autocast is not None or model.adapted:
+    """Whether the layers are small, in fp32 (with bf16 products or without), and nothing but plain linear ones."""
+    mixed = model.autocast is not None and not (model.autocast == torch.bfloat16 and model.device.type == "cpu")
+    if mixed or model.adapted:
         return False
     size = 0
     for module in model.transformer.base_model.layers.modules():

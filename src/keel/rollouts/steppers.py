@@ -1,13 +1,14 @@
 """Steppers: how a model is run token by token over a key-value cache."""
 
+import contextlib
 import inspect
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
+from keel.core.products import fast_products, worth
 from keel.models.language import LanguageModel
 from keel.rollouts.caches import SHORT, Cache, RowCache, Shared, SharedCache, Workspace
 from keel.rollouts.layers import Angles, Fused, Norm, Unfused, fusible
@@ -34,6 +35,8 @@ class CacheStepper:
 
     def prefill(self, ids: Int[Tensor, "N P"], mask: Bool[Tensor, "N P"], room: int) -> Float[Tensor, "N D"]:
         """See `Stepper`."""
+        from transformers import DynamicCache  # slow to import; whoever has a model has it by now
+
         self.cache = DynamicCache(config=self.model.transformer.config)
         self.mask = mask.long()
         self.position = mask.sum(1)
@@ -73,9 +76,11 @@ class DecoderStepper:
         self.base, self.workspace = base, workspace or Workspace()
         attention = base.layers[0].self_attn
         self.least = -(-SMALL_PRODUCT // (attention.num_key_value_groups * attention.head_dim))
-        fused = fusible(model)
-        self.layers = [Fused(layer, self.workspace) if fused else Unfused(layer) for layer in base.layers]
-        self.norm = Norm(base.norm) if fused else base.norm
+        self.fused = fusible(model)
+        self.layers: list[Fused | Unfused] = [
+            Fused(layer, self.workspace, model.autocast) if self.fused else Unfused(layer) for layer in base.layers
+        ]
+        self.norm = Norm(base.norm) if self.fused else base.norm
 
     @staticmethod
     def serves(model: LanguageModel, length: int) -> bool:
@@ -90,6 +95,8 @@ class DecoderStepper:
 
     def prefill(self, ids: Int[Tensor, "N P"], mask: Bool[Tensor, "N P"], room: int) -> Float[Tensor, "N D"]:
         """See `Stepper`."""
+        from transformers import DynamicCache
+
         padded = not bool(mask.all())
         self.prompts, self.room = DynamicCache(), room
         self.position, self.width = mask.sum(1), ids.shape[1]
@@ -113,8 +120,10 @@ class DecoderStepper:
         kind = RowCache if self.shared.size == 1 or self.width <= SHORT else SharedCache
         self.caches: list[Cache] = []
         for i, (layer, memory) in enumerate(zip(self.layers, self.prompts.layers, strict=True)):
-            keys = memory.keys if layer.order is None else memory.keys[..., layer.order]
-            self.caches.append(kind(keys, memory.values, self.shared, self.room, self.least, self.workspace, i))
+            keys, values = memory.keys, memory.values
+            if isinstance(layer, Fused):
+                keys, values = keys[..., layer.order].float(), values.float()
+            self.caches.append(kind(keys, values, self.shared, self.room, self.least, self.workspace, i))
         self.prompts, self.length = None, 0
 
     def keep(self, index: Int[Tensor, "m"]) -> None:
@@ -129,9 +138,14 @@ class DecoderStepper:
         """See `Stepper`."""
         angles = self.angles.at(self.width + self.length if self.hidden is None else self.position[:, None])
         x = self.base.embed_tokens(tokens)
-        for layer, cache in zip(self.layers, self.caches, strict=True):
-            query, key, value = layer.project(x, angles)
-            cache.append(key, value, self.length)
-            x = layer.finish(x, cache.attend(query, self.length + 1))
+        with fast_products(worth(x, self.base.layers[0].mlp.down_proj)), self._precision(x):
+            for layer, cache in zip(self.layers, self.caches, strict=True):
+                query, key, value = layer.project(x, angles)
+                cache.append(key, value, self.length)
+                x = layer.finish(x, cache.attend(query, self.length + 1))
         self.length, self.position = self.length + 1, self.position + 1
         return self.norm(x)
+
+    def _precision(self, x: Tensor) -> contextlib.AbstractContextManager:
+        """Fused layers choose the precision of each product themselves."""
+        return torch.autocast(x.device.type, enabled=False) if self.fused else contextlib.nullcontext()
