@@ -53,9 +53,13 @@ format: install  ## format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install  ## run the benchmarks
-	@test -f benchmarks/__main__.py || { echo "There are no benchmarks: benchmarks/__main__.py is missing." >&2; exit 1; }
-	$(BIN)/python -m benchmarks
+$(VENV)/.installed-bench: $(DECLARED) $(VENV)/.installed
+	@echo "Installing what is measured beside Keel into $(VENV) ..."
+	@$(PIP) install -c constraints.txt -e ".[bench]"
+	@touch $@
+
+bench: $(VENV)/.installed-bench  ## measure Keel and its peers in turns, write docs/benchmarks.md (some ten minutes)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks --write
 
 docs: $(VENV)/.installed-docs  ## verify all recipes, write what was found, build the documentation into site/
 	OMP_NUM_THREADS=1 $(BIN)/python -m keel.verify.page docs

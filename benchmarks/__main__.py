@@ -1,27 +1,37 @@
 """`make bench`: Keel and its peer on the same work, in turns; medians, ratios, and the page docs/benchmarks.md."""
 
 import argparse
+import logging
+import sys
+import time
+import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from benchmarks import head, sampling, start, step
-from benchmarks.measuring import Row
+from benchmarks import head, page, sampling, start, step
+from benchmarks.measuring import Row, as_json
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[Row]:
     """The lines that are asked for."""
-    wanted = arguments.what
+    wanted, turns = arguments.what, {"repeats": arguments.repeats}
     model = {"shape": arguments.shape, "vocabulary": arguments.vocabulary}
-    if wanted in ("all", "sampling"):
-        yield from sampling.rows(**model, batch=arguments.batch, repeats=arguments.repeats)
-    if wanted in ("all", "step"):
-        yield from step.rows(**model, repeats=arguments.repeats, threads=arguments.threads)
-    if wanted in ("all", "head"):
-        yield from head.rows(repeats=arguments.repeats, threads=arguments.threads)
     if wanted in ("all", "start"):
-        yield from start.rows(repeats=arguments.repeats, threads=arguments.threads)
+        yield from start.rows(**turns, threads=arguments.threads)
+    if wanted in ("all", "head"):
+        yield from head.rows(**turns, threads=arguments.threads)
+    if wanted in ("all", "sampling"):
+        yield from sampling.rows(**model, **turns, batch=arguments.batch)
+    if wanted in ("all", "step"):
+        yield from step.rows(**model, **turns, threads=arguments.threads)
+
+
+def line(row: Row) -> str:
+    """One line of the terminal."""
+    goal = "" if row.goal is None else f"(to reach {row.goal:g})"
+    numbers = f"{row.ratio:7.2f} x {goal:16} {row.ours:>12,.1f} {row.theirs:>12,.1f} {row.unit:9}"
+    return f"{numbers} {row.work} [{row.setting}] {row.accuracy}"
 
 
 def main() -> None:
@@ -31,16 +41,27 @@ def main() -> None:
     parser.add_argument("--shape", choices=["1M", "10M"])
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="turns, after one that is not counted")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON at the end")
+    parser.add_argument("--write", action="store_true", help="put all rows into docs/benchmarks.md")
     arguments = parser.parse_args()
+    if arguments.write and arguments.what != "all":
+        parser.error("--write needs all rows")
     torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore", module="trl|transformers|torch")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    begun, found = time.monotonic(), []
+    print(f"{'ratio':>9} {'':17} {'Keel':>13} {'peer':>12}")
     for row in rows(arguments):
-        goal = "" if row.goal is None else f"  (goal {row.goal:g})"
-        print(
-            f"{row.ratio:6.2f} x{goal:12} {row.ours:>12,.1f} {row.theirs:>12,.1f} {row.unit:9} {row.work} [{row.setting}] {row.accuracy}",
-            flush=True,
-        )
+        found.append(row)
+        print(line(row), flush=True)
+    if arguments.json:
+        print(as_json(found))
+    if arguments.write:
+        page.write(found, arguments.threads, arguments.repeats)
+        print(f"{page.PAGE} is written", file=sys.stderr)
+    print(f"{time.monotonic() - begun:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Log-probability, entropy and full-vocabulary KL: the engine's chunks against materialised logits."""
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 
@@ -12,6 +11,7 @@ from keel.core.policy import Head
 from keel.core.rows import Rows
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import Divergence, Entropy, LogProb
+from keel.statistics.stats import Stats
 
 TOKENS, DIM, VOCABULARY = 4096, 256, 32768
 COMMAND = "python -m benchmarks head"
@@ -23,7 +23,7 @@ class States(nn.Module):
     def __init__(self, states: Tensor, weight: Tensor):
         super().__init__()
         self.states = nn.Parameter(states)
-        self.output = nn.Linear(DIM, VOCABULARY, bias=False)
+        self.output = nn.Linear(*reversed(weight.shape), bias=False)
         self.output.weight = nn.Parameter(weight)
         self.module, self.head = self, Head(self.output)
 
@@ -32,13 +32,13 @@ class States(nn.Module):
         return self.states
 
 
-def problem() -> tuple[States, States, Rows]:
-    """A policy, a reference near it, and 32 rows of 128 tokens."""
+def problem(length: int = TOKENS // 32, vocabulary: int = VOCABULARY) -> tuple[States, States, Rows]:
+    """A policy, a reference near it, and 32 rows of `length` tokens."""
     chance = torch.Generator().manual_seed(0)
-    states = torch.randn(32, TOKENS // 32, DIM, generator=chance)
-    weight = torch.randn(VOCABULARY, DIM, generator=chance) / DIM**0.5
-    near = weight + 0.1 * torch.randn(VOCABULARY, DIM, generator=chance) / DIM**0.5
-    tokens = torch.randint(0, VOCABULARY, (32, TOKENS // 32), generator=chance)
+    states = torch.randn(32, length, DIM, generator=chance)
+    weight = torch.randn(vocabulary, DIM, generator=chance) / DIM**0.5
+    near = weight + 0.1 * torch.randn(vocabulary, DIM, generator=chance) / DIM**0.5
+    tokens = torch.randint(0, vocabulary, (32, length), generator=chance)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     rows = Rows.build(tokens[:, :1], mask[:, :1], tokens, mask)
     ref = States(states.clone(), near).requires_grad_(False)
@@ -52,7 +52,9 @@ def engine_way(policy: States, ref: States, rows: Rows) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         policy.zero_grad(set_to_none=True)
-        return engine.step(asked, rows, frozen(), lambda r, s: sum(s[f].mean() * c for f, c in zip(asked, WEIGHTS)))[0]
+        return engine.step(
+            asked, rows, Stats(), lambda r, s: sum(s[f].mean() * c for f, c in zip(asked, WEIGHTS, strict=True))
+        )[0]
 
     return run
 
@@ -68,7 +70,7 @@ def materialised_way(policy: States, ref: States, rows: Rows) -> Callable[[], Te
         p = logp.exp()
         chosen = logp.gather(-1, rows.tokens.reshape(-1, 1))[:, 0]
         values = chosen, -(p * logp).sum(-1), (p * (logp - other)).sum(-1)
-        loss = sum(value.mean() * c for value, c in zip(values, WEIGHTS))
+        loss = sum(value.mean() * c for value, c in zip(values, WEIGHTS, strict=True))
         loss.backward()
         return loss.detach()
 
@@ -79,13 +81,6 @@ WEIGHTS = (-1.0, -0.01, 0.04)
 WAYS = {"engine": engine_way, "materialised": materialised_way}
 
 
-def frozen():
-    """No statistic is known beforehand."""
-    from keel.statistics.stats import Stats
-
-    return Stats()
-
-
 def rows(repeats: int = 5, threads: int = 2) -> Iterator[Row]:
     """Time, then memory, each way in a process of its own for the latter."""
     policy, ref, batch = problem()
@@ -94,7 +89,7 @@ def rows(repeats: int = 5, threads: int = 2) -> Iterator[Row]:
     for way in (ours, theirs):
         value = way()
         gradients.append((value, policy.states.grad, policy.output.weight.grad))
-    apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients))
+    apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients, strict=True))
     spent = medians([theirs, ours], repeats, warm=0)
     work = f"log-probability + entropy + KL of the vocabulary, {TOKENS} tokens, d {DIM}, vocabulary {VOCABULARY}"
     accuracy = f"gradients equal to {apart:.0e}"
@@ -109,7 +104,8 @@ def rows(repeats: int = 5, threads: int = 2) -> Iterator[Row]:
 
 
 def memory(way: str) -> None:
-    """Peak of one way beyond its inputs and gradients."""
+    """Peak of one way beyond its inputs and gradients, and beyond the libraries that a first small step loads."""
+    WAYS[way](*problem(2, 1024))()
     policy, ref, batch = problem()
     run = WAYS[way](policy, ref, batch)
     policy.states.grad, policy.output.weight.grad = (

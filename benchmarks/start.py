@@ -18,8 +18,8 @@ KEEL = """
 from keel.models.load import load
 from keel.train.session import build_session
 from keel.train.setup import prepare_setup
-setup = prepare_setup("grpo", {folder!r}, None, None, [{{"prompt": "w3 w4"}}] * 8, lambda completions, **k: [0.0] * len(completions),
-    seed=0, name=None, config=None, settings={{"beta": 0.04}})
+setup = prepare_setup("grpo", {folder!r}, None, None, [{{"prompt": "w3 w4"}}] * 8,
+    lambda completions, **k: [0.0] * len(completions), seed=0, name=None, config=None, settings={{"beta": 0.04}})
 session = build_session(setup.config, setup.task, load({folder!r}), setup.rewards)
 """
 TRL = """

@@ -14,8 +14,8 @@ from benchmarks.measuring import PeakMemory, Row, in_process
 from benchmarks.models import build
 
 PROMPTS, GROUP, PROMPT, LENGTH, BETA = 16, 8, 12, 32, 0.04
-STEPS = 3  # of a turn; its first is not counted
-GOALS = {"trl": 2.0, "trl fp32": 1.8}
+STEPS = 2  # of a turn; its first is not counted
+MODELS = (("1M", 64), ("10M", 32768))
 Way = Callable[[], list[float]]
 
 
@@ -48,6 +48,7 @@ def keel_way(shape: str, vocabulary: int, **settings: Any) -> Way:
         "rollout.max_completion_length": LENGTH,
         **settings,
     }
+    model.autocast = torch.bfloat16 if asked.pop("model.autocast", None) else None
     setup = prepare_setup(
         "grpo", model, None, None, questions(vocabulary), reward, seed=0, name=None, config=None, settings=asked
     )
@@ -94,6 +95,7 @@ def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
+        log_completions=False,
         logging_strategy="no",
         **settings,
     )
@@ -117,17 +119,19 @@ def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
     return way
 
 
-FP32 = {"bf16": False, "gradient_checkpointing": False}
 WAYS: dict[str, tuple[Callable[..., Way], dict[str, Any]]] = {
-    "keel": (keel_way, {}),
-    "trl": (trl_way, {}),
-    "trl fp32": (trl_way, FP32),
+    "default": (keel_way, {}),
+    "model.autocast=bfloat16": (keel_way, {"model.autocast": "bfloat16"}),
+    "train.max_tokens=2048": (keel_way, {"train.max_tokens": 2048}),
+    "TRL at its defaults": (trl_way, {}),
+    "TRL in fp32": (trl_way, {"bf16": False, "gradient_checkpointing": False}),
 }
+ACCURACY = {"default": "fp32", "model.autocast=bfloat16": "bf16 products, as in TRL's default"}
 
 
 def rows(shape: str | None = None, vocabulary: int | None = None, repeats: int = 5, threads: int = 2) -> Iterator[Row]:
     """Time against TRL at its defaults and in fp32; memory against its defaults."""
-    for name, size in (("1M", 64), ("10M", 32768)):
+    for name, size in MODELS:
         if shape in (None, name) and vocabulary in (None, size):
             yield from measure(name, size, repeats, threads)
 
@@ -136,21 +140,29 @@ def measure(shape: str, vocabulary: int, repeats: int, threads: int) -> Iterator
     """One model."""
     command = f"python -m benchmarks step --shape {shape} --vocabulary {vocabulary}"
     work = f"GRPO step, {PROMPTS} x {GROUP}, {LENGTH} tokens, beta {BETA}, {shape} parameters, vocabulary {vocabulary}"
-    ways = {name: make(shape, vocabulary, **settings) for name, (make, settings) in WAYS.items()}
+    timed = [name for name in WAYS if name != "train.max_tokens=2048"]
+    ways = {name: WAYS[name][0](shape, vocabulary, **WAYS[name][1]) for name in timed}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
             found = way()
             seconds[name] += found if turn else []
-    spent = {name: statistics.median(found) for name, found in seconds.items()}
-    for peer, goal in GOALS.items():
-        title = f"{work}: time, against TRL {'in fp32' if peer.endswith('fp32') else 'at its defaults'}"
-        ratio = spent[peer] / spent["keel"]
-        yield Row(title, "default (fp32)", 1e3 * spent["keel"], 1e3 * spent[peer], "ms", ratio, goal, "", command)
+    spent = {name: 1e3 * statistics.median(found) for name, found in seconds.items()}
+    for ours, peer, goal in (
+        ("default", "TRL at its defaults", 2.0),
+        ("model.autocast=bfloat16", "TRL at its defaults", 2.0),
+        ("default", "TRL in fp32", 1.8),
+    ):
+        title = f"{work}: time, against {peer}"
+        ratio = spent[peer] / spent[ours]
+        yield Row(title, ours, spent[ours], spent[peer], "ms", ratio, goal, ACCURACY[ours], command)
     code = "from benchmarks.step import memory; memory({!r}, {!r}, {})"
-    mega = [in_process(code.format(name, shape, vocabulary), threads)["extra"] / 2**20 for name in ("keel", "trl")]
-    title = f"{work}: peak memory, against TRL at its defaults"
-    yield Row(title, "default (fp32)", *mega, "MiB", mega[1] / mega[0], 1.0, "", command)
+    asked = ("default", "train.max_tokens=2048", "TRL at its defaults")
+    mega = {name: in_process(code.format(name, shape, vocabulary), threads)["extra"] / 2**20 for name in asked}
+    theirs = mega[asked[-1]]
+    for ours in asked[:2]:
+        title = f"{work}: peak memory of the step, against TRL at its defaults"
+        yield Row(title, ours, mega[ours], theirs, "MiB", theirs / mega[ours], 1.0, "fp32", command)
 
 
 def memory(name: str, shape: str, vocabulary: int) -> None:

@@ -8,20 +8,21 @@ take reduced precision, it hands them to oneDNN; where the processor has no unit
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 WORTH = 1 << 24  # multiplications of a product from which on it pays
-_ALLOWED = "bf16"
+_USUAL, _ALLOWED = ("none", "ieee"), "bf16"
 
 
 @contextlib.contextmanager
 def fast_products(active: bool = True) -> Iterator[None]:
     """Within it, fp32 products on the CPU take the faster way, if it is exact here; a user's own choice stands."""
-    setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
-    if not active or before == _ALLOWED or not exact_here():
+    setting = _setting()
+    before = getattr(setting, "fp32_precision", None)
+    if not active or before not in _USUAL or not exact_here():
         yield
         return
     setting.fp32_precision = _ALLOWED
@@ -34,9 +35,9 @@ def fast_products(active: bool = True) -> Iterator[None]:
 @functools.cache
 def exact_here() -> bool:
     """Whether the faster way is as exact as the usual one on this machine; tried once on products of several shapes."""
-    setting = torch.backends.mkldnn.matmul
-    before = setting.fp32_precision
-    if before not in ("none", "ieee") or not torch.backends.mkldnn.is_available():
+    setting = _setting()
+    before = getattr(setting, "fp32_precision", None)
+    if before not in _USUAL or not torch.backends.mkldnn.is_available():
         return False
     try:
         return all(_as_exact(*shape) for shape in ((64, 256, 2048), (512, 128, 384), (2048, 64, 64)))
@@ -58,6 +59,11 @@ def _as_exact(rows: int, inner: int, columns: int) -> bool:
     wanted = a.double() @ b.double().t()
     errors = []
     for precision in ("ieee", _ALLOWED):
-        torch.backends.mkldnn.matmul.fp32_precision = precision
+        _setting().fp32_precision = precision
         errors.append(float(((a @ b.t()).double() - wanted).abs().max()))
     return errors[1] <= 4 * errors[0]
+
+
+def _setting() -> Any:
+    """Of products on the CPU; None before PyTorch 2.9."""
+    return getattr(torch.backends.mkldnn, "matmul", None)

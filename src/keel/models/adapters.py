@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from keel.core.choice import counter_seed
@@ -54,6 +51,8 @@ def add_lora(module: nn.Module, lora: LoRA, seed: int = 0) -> nn.Module:
     Raises:
         UserError: no layer has a name of `target_modules`.
     """
+    from peft import LoraConfig, get_peft_model  # slow to import, and most runs have no adapter
+
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = LoraConfig(
         r=lora.rank,
@@ -109,6 +108,9 @@ class AdapterView:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """The model with this adapter; `requires_grad` of its parameters is not touched."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
         layers: list[Any] = [
             m for m in self.model.module.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         ]
@@ -144,6 +146,9 @@ class _UnderView(nn.Module):
 
 def _base_layer(head: nn.Module | None) -> nn.Module | None:
     """The layer that an adapter wraps."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     if isinstance(head, BaseTunerLayer):
         return head.get_base_layer()
     if isinstance(head, AuxiliaryTrainingWrapper):

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from keel.core.errors import UserError
 from keel.core.policy import Head
@@ -51,7 +50,7 @@ class LanguageModel:
         self.module, self.tokenizer = module.eval(), tokenizer
         self.autocast, self.gradient_checkpointing = autocast, gradient_checkpointing
         self.transformer = transformer(module)
-        self._layers = [m for m in self.transformer.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._layers = _layers(self.transformer)
         if gradient_checkpointing and not self._layers:
             raise UserError(
                 f"{self.architecture} has no layers that can be recomputed",
@@ -166,7 +165,7 @@ class LanguageModel:
         module = copy.deepcopy(self.module, memo)
         new = copy.copy(self)
         new.module, new.transformer = module, transformer(module)
-        new._layers = [m for m in new.transformer.modules() if isinstance(m, GradientCheckpointingLayer)]
+        new._layers = _layers(new.transformer)
         new.head = Head(new.transformer.get_output_embeddings(), self.head.scale, self.head.softcap)
         return new
 
@@ -215,6 +214,13 @@ def transformer(module: nn.Module) -> Any:
         raise UserError("prompt tuning is not served", "model", "Use LoRA or another adapter of the layers.")
     inner = getattr(module, "get_base_model", None)
     return module if inner is None else inner()
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that can be recomputed."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # seconds, if no model was read before
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def _candidates(config: Any, output: nn.Module) -> Iterator[Head]:

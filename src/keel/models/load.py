@@ -2,20 +2,18 @@
 
 import contextlib
 import copy
+import gc
 import hashlib
+import importlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
 
 from keel.core.errors import KeelError, UserError
 from keel.core.policy import PolicyModel
@@ -26,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    name_or_path: str | Path | PreTrainedModel | PeftModel,
+    name_or_path: str | Path | nn.Module,
     tokenizer: Any = None,
     *,
     dtype: str = "float32",
@@ -87,7 +85,7 @@ def save(model: LanguageModel, path: str | Path) -> None:
     model.tokenizer.save_pretrained(path)
 
 
-def merged(model: LanguageModel) -> PreTrainedModel:
+def merged(model: LanguageModel) -> Any:
     """A plain transformers model with the adapters merged into the weights; without adapters the model itself."""
     return copy.deepcopy(model.module).merge_and_unload() if model.adapted else model.transformer  # type: ignore[operator]
 
@@ -158,6 +156,32 @@ def out_of_memory(error: BaseException, doing: str = "update") -> KeelError:
     return UserError(f"memory ran out ({first})", doing, fixes.get(doing, fixes["update"]))
 
 
+def _transformers() -> Any:
+    """The library, imported when the first model is read: most mistakes are answered before these seconds."""
+    if "transformers.models.auto.modeling_auto" not in sys.modules:
+        with _uncollected():
+            for module in ("modeling_utils", "generation.utils", "models.auto.modeling_auto"):
+                importlib.import_module(f"transformers.{module}")
+    return importlib.import_module("transformers")
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: what an import makes stays, and walking through it again and again takes a fifth
+    of its time. Freezing and unfreezing makes all objects old ones, which are not walked through soon.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            if not gc.get_freeze_count():  # somebody else's stay frozen
+                gc.freeze()
+                gc.unfreeze()
+            gc.enable()
+
+
 def _read(name: str, tokenizer: Any, dtype: str, trust: bool) -> tuple[nn.Module, Any]:
     path = Path(name).expanduser()
     if path.is_dir():
@@ -169,13 +193,14 @@ def _read(name: str, tokenizer: Any, dtype: str, trust: bool) -> tuple[nn.Module
         raise UserError("this is a file, not a folder", name, "Give the folder that holds config.json.")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise UserError("this path does not exist", name, "Give a folder with config.json, or a hub name.")
+    library = _transformers()
     options: dict[str, Any] = {"trust_remote_code": trust}
     with _quiet(), torch.random.fork_rng(devices=[]):
         try:
             options["local_files_only"] = path.is_dir() or not _on_hub(name)
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, **options)
+            tokenizer = tokenizer or library.AutoTokenizer.from_pretrained(name, **options)
             options["dtype"] = dtype if dtype == "auto" else _dtype(dtype)
-            module, report = AutoModelForCausalLM.from_pretrained(
+            module, report = library.AutoModelForCausalLM.from_pretrained(
                 name, use_safetensors=True, output_loading_info=True, **options
             )
         except Exception as error:
@@ -187,14 +212,14 @@ def _read(name: str, tokenizer: Any, dtype: str, trust: bool) -> tuple[nn.Module
 
 
 def _read_adapter(path: Path, tokenizer: Any, dtype: str, trust: bool) -> tuple[nn.Module, Any]:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel  # slow to import, and most models have no adapter
 
     _check_pickles(path, "adapter_model.safetensors")  # without that file peft would unpickle another
     with _quiet():
         try:
             base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
             if tokenizer is None and (path / "tokenizer_config.json").exists():
-                tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust)
+                tokenizer = _transformers().AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust)
         except Exception as error:
             raise _explained(error, str(path), local=True) from error
     if not base:
@@ -228,6 +253,9 @@ def _check_pickles(path: Path, weights: str) -> None:
 
 def _on_hub(name: str) -> bool:
     """Whether the hub answers for this name; one quick question instead of the many tries of each download."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         HfApi().model_info(name, timeout=10)
         return True
@@ -239,6 +267,8 @@ def _on_hub(name: str) -> bool:
 
 def _explained(error: Exception, name: str, local: bool) -> KeelError:
     """What an exception of transformers means to a user."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
         return out_of_memory(error, "load")
@@ -266,7 +296,7 @@ def _tokenizer_of(module: Any) -> Any:
         raise UserError("a model in memory needs its tokenizer", "tokenizer", "Pass tokenizer=...")
     try:
         # False, because without it transformers asks on the terminal whether to run the code of a stranger
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return _transformers().AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer was found at {name}", "tokenizer", "Pass tokenizer=...") from error
 
@@ -318,6 +348,8 @@ def _dtype(name: str) -> torch.dtype:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the progress bars and reports of transformers, and what it and peft have to settle between them."""
+    from transformers.utils import logging
+
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

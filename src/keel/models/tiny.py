@@ -4,10 +4,10 @@ It is saved and loaded in the transformers format, so that the path that serves 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from keel.core.choice import counter_seed
 from keel.core.errors import UserError
@@ -45,12 +45,14 @@ class TinyConfig:
 SMALL = TinyConfig(dim=64, layers=2, heads=2, feed_forward=128, context=256)
 
 
-def character_tokenizer(characters: str, context: int = 512) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each character, and `<pad>`, `<eos>`, `<unk>` before them.
+def character_tokenizer(characters: str, context: int = 512) -> Any:
+    """A transformers tokenizer with one token for each character, and `<pad>`, `<eos>`, `<unk>` before them.
 
     Raises:
         UserError: a character occurs twice, or there are none.
     """
+    from transformers import PreTrainedTokenizerFast
+
     if not characters or len(set(characters)) != len(characters):
         raise UserError(f"the alphabet {characters!r} is empty or repeats a character", "tiny")
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *characters))}
@@ -76,6 +78,8 @@ def build_tiny(characters: str, config: TinyConfig | None = None, seed: int = 0)
     >>> model.tokenizer.decode(model.tokenizer("1+2=3").input_ids)
     '1+2=3'
     """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     config = config or TinyConfig()
     tokenizer = character_tokenizer(characters, config.context)
     shape = Qwen3Config(
