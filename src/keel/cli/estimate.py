@@ -42,7 +42,7 @@ def estimate(setup: Any) -> dict[str, Any]:
     width = next(p.element_size() for p in policy.module.parameters())
     copies = sum(1 for name in method.models if not policy.adapted)
     hidden = policy.config.hidden_size * getattr(policy.config, "num_hidden_layers", 1)
-    activations = config.train.max_tokens * hidden * 34 * width + 4 * config.train.chunk_megabytes * 2**20
+    activations = config.train.max_tokens * hidden * 34 * width + 4 * (config.train.chunk_megabytes or 64) * 2**20
     memory = width * (total * (1 + copies) + 3 * trained) + activations
     return {
         "parameters": total,

@@ -37,6 +37,32 @@ class Head:
             z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
+    def writes(self, hidden: Float[Tensor, "n D"]) -> bool:
+        """Whether `write` can be used: the head is linear, in the type of its logits, and nobody watches its calls."""
+        module = self.module
+        if not self.plain or not isinstance(module, nn.Linear) or torch.is_autocast_enabled(hidden.device.type):
+            return False
+        fine = hidden.dtype == module.weight.dtype and hidden.dtype in (torch.float32, torch.float64)
+        return fine and not (module._forward_hooks or module._forward_pre_hooks)
+
+    @property
+    def vocabulary(self) -> int:
+        """V of a linear head."""
+        assert isinstance(self.module, nn.Linear)
+        return self.module.weight.shape[0]
+
+    @torch.no_grad()
+    def write(self, hidden: Float[Tensor, "n D"], out: Float[Tensor, "n V"]) -> None:
+        """Logits without a graph, written to `out`."""
+        assert isinstance(self.module, nn.Linear)
+        weight, bias = self.module.weight, self.module.bias
+        if bias is None:
+            torch.mm(weight, hidden.T, out=out.T)
+        else:
+            torch.addmm(bias[:, None], weight, hidden.T, out=out.T)
+        if self.scale != 1.0:
+            out.mul_(self.scale)
+
     def backward(self, hidden: Float[Tensor, "n D"], dlogits: Float[Tensor, "n V"]) -> Float[Tensor, "n D"]:
         """Gradient with respect to the states; that of the head's parameters is added to their `.grad`."""
         if not self.plain:
@@ -49,7 +75,7 @@ class Head:
         weight, bias = self.module.weight, self.module.bias
         dlogits = dlogits.to(weight.dtype)
         if weight.requires_grad:
-            _add_grad(weight, dlogits.T @ hidden.to(weight.dtype))
+            _add_product(weight, dlogits.T, hidden.to(weight.dtype))
         if bias is not None and bias.requires_grad:
             _add_grad(bias, dlogits.sum(0))
         return (dlogits @ weight).to(hidden.dtype)
@@ -79,6 +105,14 @@ class PolicyModel(Protocol):
     def hidden(self, rows: Rows) -> Float[Tensor, "B T D"]:
         """States for all completion positions; what stands off the mask is arbitrary."""
         ...
+
+
+def _add_product(parameter: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a matrix product to the gradient, without a tensor of its size."""
+    if parameter.grad is None:
+        parameter.grad = left @ right
+    else:
+        parameter.grad.addmm_(left, right)
 
 
 def _add_grad(parameter: Tensor, grad: Tensor) -> None:

@@ -254,6 +254,42 @@ class FDivergence:
         slopes = (self.scale * slopes).clamp(-bound, bound)
         return slopes - p * slopes.sum(-1, keepdim=True)
 
+    def value_(
+        self, log_u: Float[Tensor, "n V"], p: Float[Tensor, "n V"], q: Float[Tensor, "n V"]
+    ) -> Float[Tensor, "n"]:
+        """`value` in fewer passes over memory, from the log-ratio, which is written over, and both distributions.
+
+        It is inf or nan where an outcome lacks mass in a way that matters: then ask `value`.
+        """
+        g = self.generator
+        if g.terms_ is not None:
+            terms = g.terms_(log_u, p, q)
+        elif g.terms is not None:
+            terms = g.terms(log_u, p, q)
+        else:
+            less, more = log_u.clamp(max=0), log_u.clamp(min=0)
+            terms = torch.where(log_u > 0, _product(p, g.f_over_u(more)), _product(q, g.f(less)))
+        return self.scale * terms.sum(-1)
+
+    def slopes_(
+        self, log_u: Float[Tensor, "n V"], p: Float[Tensor, "n V"], q: Float[Tensor, "n V"]
+    ) -> Float[Tensor, "n V"]:
+        """p f'(u) where `value_` is finite; log u is written over. `gradient` is what of it is across p."""
+        g = self.generator
+        if g.slopes_ is not None:
+            slopes = g.slopes_(log_u, p, q)
+        elif g.slopes is not None:
+            slopes = g.slopes(log_u, p, q)
+        else:
+            less, more = log_u.clamp(max=0), log_u.clamp(min=0)
+            slopes = torch.where(log_u > 0, _product(p, g.f_prime(more)), _product(q, g.u_f_prime(less)))
+        return slopes if self.scale == 1.0 else slopes.mul_(self.scale)
+
+    @property
+    def slopes_read_q(self) -> bool:
+        """Whether `slopes_` reads q."""
+        return self.name != "kl_policy_ref"
+
 
 def f_divergence(text: "str | FDivergence") -> FDivergence:
     """A divergence from its name: `js`, with a parameter `alpha:0.5`, with a factor `4*js:0.1`.

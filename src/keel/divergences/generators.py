@@ -40,6 +40,7 @@ class Generator:
         conjugate: t -> f*(t); None leaves it to the inverse slope, t u - f(u).
         terms: (x, p, q) -> q f(u), where p and q at hand spare the exponentials of x.
         slopes: (x, p, q) -> p f'(u), likewise.
+        terms_, slopes_: the same, written over x; the terms only in sum, for p and q that sum to 1 and an exact x.
     """
 
     f: Map
@@ -55,6 +56,8 @@ class Generator:
     conjugate: Map | None = None
     terms: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     slopes: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    terms_: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    slopes_: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def in_fp64(function: Map) -> Map:
@@ -98,6 +101,8 @@ def kl_policy_ref() -> Generator:
         curvature=1.0,
         terms=lambda x, p, q: p * (x - 1) + q,
         slopes=lambda x, p, q: p * x,
+        terms_=lambda x, p, q: x.mul_(p),
+        slopes_=lambda x, p, q: x.mul_(p),
     )
 
 
@@ -116,6 +121,8 @@ def kl_ref_policy() -> Generator:
         curvature=1.0,
         terms=lambda x, p, q: p - q * (x + 1),
         slopes=lambda x, p, q: p - q,
+        terms_=lambda x, p, q: x.mul_(q).neg_(),
+        slopes_=lambda x, p, q: torch.sub(p, q, out=x),
     )
 
 

@@ -5,74 +5,18 @@ gradient of sum(grad * f) to the logits' gradients in closed form. One without `
 chunk by chunk.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from keel.core.policy import Head
 from keel.divergences.family import f_divergence
+from keel.statistics.positions import Positions
 from keel.statistics.transforms import KeepTopP, Transform
 
-
-class Positions:
-    """A chunk of n positions; whatever several functionals need there is computed once.
-
-    Args:
-        token: the token chosen at each position, shape [n].
-        hidden: states of each model, [n, D].
-        model_heads: from states to logits, for each model.
-        extra_heads: the method's own heads, by name.
-        temperature: of the softmax of every model; the one that the rollout uses.
-        leaf: logits of the policy to use in place of the head's, when a functional is differentiated by autograd.
-    """
-
-    def __init__(
-        self,
-        token: Int[Tensor, "n"],
-        hidden: dict[str, Tensor],
-        model_heads: dict[str, Head],
-        extra_heads: dict[str, nn.Module] | None = None,
-        temperature: float = 1.0,
-        leaf: Tensor | None = None,
-    ):
-        self.token, self.hidden = token, hidden
-        self.model_heads, self.extra_heads = model_heads, extra_heads or {}
-        self.temperature = temperature
-        self._cache: dict[Hashable, Tensor] = {} if leaf is None else {("logits", "policy", None): leaf}
-
-    def logits(self, model: str, transform: Transform | None = None) -> Float[Tensor, "n V"]:
-        """Logits at the method's temperature, then transformed."""
-        if transform is not None:
-            return self._once(("logits", model, transform), lambda: transform(self.logits(model)))
-        return self._once(("logits", model, None), lambda: self._tempered(model))
-
-    def _tempered(self, model: str) -> Float[Tensor, "n V"]:
-        z = self.model_heads[model].logits(self.hidden[model])
-        return z if self.temperature == 1.0 else z / self.temperature
-
-    def log_z(self, model: str, transform: Transform | None = None) -> Float[Tensor, "n"]:
-        """log sum exp of the logits."""
-        return self._once(("log_z", model, transform), lambda: self.logits(model, transform).logsumexp(-1))
-
-    def log_probs(self, model: str, transform: Transform | None = None) -> Float[Tensor, "n V"]:
-        """Log-probabilities of the whole vocabulary."""
-        return self._once(
-            ("log_probs", model, transform),
-            lambda: self.logits(model, transform) - self.log_z(model, transform)[:, None],
-        )
-
-    def probs(self, model: str, transform: Transform | None = None) -> Float[Tensor, "n V"]:
-        """Probabilities of the whole vocabulary."""
-        return self._once(("probs", model, transform), lambda: self.log_probs(model, transform).exp())
-
-    def _once(self, key: Hashable, compute) -> Tensor:
-        if key not in self._cache:
-            self._cache[key] = compute()
-        return self._cache[key]
+LARGEST = 1e6  # a divergence beyond this has a logit of -inf, or one as good as that
 
 
 @runtime_checkable
@@ -121,14 +65,13 @@ class LogProb:
         return _name("log_prob", self.of, self.transform)
 
     def __call__(self, at: Positions) -> Float[Tensor, "n"]:
-        logits = at.logits(self.of[0], self.transform)
-        return logits.gather(-1, at.token[:, None])[:, 0] - at.log_z(self.of[0], self.transform)
+        return at.log_probs_of(at.token[:, None], self.of[0], self.transform)[:, 0]
 
     def backward(self, at: Positions, grad: Float[Tensor, "n"], dlogits: Float[Tensor, "n V"]) -> None:
         """Add grad ([v = y] - pi_v) to `dlogits`."""
-        kept = at.logits(self.of[0], self.transform).gather(-1, at.token[:, None])[:, 0] > float("-inf")
+        kept = at.centred(self.of[0], self.transform).gather(-1, at.token[:, None])[:, 0] > float("-inf")
         grad = torch.where(kept, grad, torch.zeros_like(grad)) * _scale(self.transform)
-        dlogits.addcmul_(at.probs(self.of[0], self.transform), grad[:, None], value=-1)
+        at.add_along(self.of[0], self.transform, -grad)
         dlogits.scatter_add_(-1, at.token[:, None], grad[:, None])
 
 
@@ -149,14 +92,34 @@ class Entropy:
         return _name("entropy", self.of, self.transform)
 
     def __call__(self, at: Positions) -> Float[Tensor, "n"]:
-        return -_plogp(at, self.of[0], self.transform).sum(-1)
+        if at.differentiable:
+            p = at.probs(self.of[0], self.transform)
+            log_p = at.log_probs(self.of[0], self.transform)
+            return -torch.where(p > 0, p * log_p, torch.zeros_like(p)).sum(-1)
+        return at.row(("entropy", self.of[0], self.transform), lambda: self._measure(at))
+
+    def _measure(self, at: Positions) -> Float[Tensor, "n"]:
+        p_z = self._weighted(at)
+        key = ("filtered", self.of[0], self.transform)
+        total = p_z.sum(-1)
+        if at.row(key, lambda: not bool(total.isfinite().all())):
+            total = _without(p_z, at.probs(self.of[0], self.transform)).sum(-1)
+        at.give(p_z)
+        return at.log_mass(self.of[0], self.transform) - total
+
+    def _weighted(self, at: Positions) -> Float[Tensor, "n V"]:
+        """p z for centred z, 0 where p is 0 once that was found to matter; to be given back."""
+        z, p = at.centred(self.of[0], self.transform), at.probs(self.of[0], self.transform)
+        p_z = torch.mul(p, z, out=at.take_like(z))
+        return _without(p_z, p) if at.known.get(("filtered", self.of[0], self.transform)) else p_z
 
     def backward(self, at: Positions, grad: Float[Tensor, "n"], dlogits: Float[Tensor, "n V"]) -> None:
         """Add -grad pi (log pi + H) to `dlogits`."""
-        plogp = _plogp(at, self.of[0], self.transform)
-        grad = grad[:, None] * _scale(self.transform)
-        dlogits.addcmul_(plogp, grad, value=-1)
-        dlogits.addcmul_(at.probs(self.of[0], self.transform), grad * plogp.sum(-1, keepdim=True))
+        grad, entropy = grad * _scale(self.transform), self(at)
+        p_z = self._weighted(at)
+        dlogits.addcmul_(p_z, grad[:, None], value=-1)
+        at.give(p_z)
+        at.add_along(self.of[0], self.transform, grad * (at.log_mass(self.of[0], self.transform) - entropy))
 
 
 def TopPEntropy(p: float, of: tuple[str, ...] = ("policy",), where: str = "mask") -> Entropy:
@@ -199,12 +162,29 @@ class Divergence:
         return f"divergence({self.kind}, {first}{self.against})"
 
     def __call__(self, at: Positions) -> Float[Tensor, "n"]:
-        return f_divergence(self.kind).value(at.log_probs(self.first), at.log_probs(self.against))
+        kind = f_divergence(self.kind)
+        if not at.differentiable:
+            log_u = at.log_ratio(self.first, self.against)
+            value = kind.value_(log_u, at.probs(self.first), at.probs(self.against))
+            at.give(log_u)
+            if at.row(("moderate", *self.of, self.kind), lambda: bool((value.abs() < LARGEST).all())):
+                return value
+        return kind.value(at.log_probs(self.first), at.log_probs(self.against))
 
     def backward(self, at: Positions, grad: Float[Tensor, "n"], dlogits: Float[Tensor, "n V"]) -> None:
         """Add grad dD/dz to `dlogits`; the second model is constant."""
-        slope = f_divergence(self.kind).gradient(at.log_probs(self.first), at.log_probs(self.against))
-        dlogits.add_((slope * grad[:, None]).to(dlogits.dtype))
+        kind = f_divergence(self.kind)
+        if ("moderate", *self.of, self.kind) not in at.known:
+            self(at)
+        if not at.known["moderate", *self.of, self.kind]:
+            slope = kind.gradient(at.log_probs(self.first), at.log_probs(self.against))
+            dlogits.addcmul_(slope.to(dlogits.dtype), grad[:, None])
+            return
+        log_u, p = at.log_ratio(self.first, self.against), at.probs(self.first)
+        slopes = kind.slopes_(log_u, p, at.probs(self.against) if kind.slopes_read_q else p)
+        dlogits.addcmul_(slopes, grad[:, None])
+        at.add_along(self.first, None, -grad * slopes.sum(-1))
+        at.give(log_u)
 
 
 @dataclass(frozen=True)
@@ -235,8 +215,8 @@ class TopK:
         return f"top_k{'_ids' if self.ids else ''}({self.of[0]}, {self.k}{under})"
 
     def __call__(self, at: Positions) -> Float[Tensor, "n k"]:
-        chosen = at.logits(self.under or self.of[0]).detach().topk(self.k, -1).indices
-        return chosen.float() if self.ids else at.log_probs(self.of[0]).gather(-1, chosen)
+        chosen = at.centred(self.under or self.of[0]).detach().topk(self.k, -1).indices
+        return chosen.float() if self.ids else at.log_probs_of(chosen, self.of[0])
 
 
 @dataclass(frozen=True)
@@ -276,6 +256,6 @@ def _scale(transform: Transform | None) -> float:
     return 1.0 if transform is None else transform.scale
 
 
-def _plogp(at: Positions, model: str, transform: Transform | None) -> Float[Tensor, "n V"]:
-    p, log_p = at.probs(model, transform), at.log_probs(model, transform)
-    return at._once(("plogp", model, transform), lambda: torch.where(p > 0, p * log_p, torch.zeros_like(p)))
+def _without(weighted: Float[Tensor, "n V"], p: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+    """0 where there is no mass, in place: 0 * -inf."""
+    return weighted.masked_fill_(p == 0, 0.0)

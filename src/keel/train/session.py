@@ -135,7 +135,7 @@ def build_session(
         heads,
         temperature=1.0 if rollout is None else rollout.temperature,
         max_tokens=train.max_tokens,
-        chunk_bytes=int(train.chunk_megabytes * 2**20),
+        chunk_bytes=None if train.chunk_megabytes is None else int(train.chunk_megabytes * 2**20),
         dropout=train.dropout,
     )
     policy_parameters = {n: p for n, p in policy.module.named_parameters() if p.requires_grad}

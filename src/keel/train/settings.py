@@ -77,7 +77,7 @@ class TrainSettings(Section):
         batch_size: rows a step, for data from files.
         max_tokens: tokens of a micro-batch, padding included.
         max_length: tokens of prompt and completion at most, for data from files; None is the model's context.
-        chunk_megabytes: memory for one copy of the logits.
+        chunk_megabytes: memory for one copy of the logits; None takes what is fast: 12 on a CPU, 64 on an accelerator.
         dropout: train with the model's dropout.
         dynamic_sampling: replace tied groups by new prompts.
         max_rounds: rollouts at most for one batch.
@@ -105,7 +105,7 @@ class TrainSettings(Section):
     batch_size: int = Field(32, ge=1)
     max_tokens: int = Field(16384, ge=1)
     max_length: int | None = Field(None, ge=2)
-    chunk_megabytes: float = Field(64, gt=0)
+    chunk_megabytes: float | None = Field(None, gt=0)
     dropout: bool = False
     dynamic_sampling: bool = False
     max_rounds: int = Field(3, ge=1)
