@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from keel.core.aggregate import totals
 from keel.core.choice import counter_seed
 from keel.core.policy import PolicyModel
+from keel.core.products import fast_products
 from keel.core.rows import Rows
 from keel.statistics.functionals import Functional, Value, backbone
 from keel.statistics.positions import Positions
@@ -28,6 +29,7 @@ from keel.statistics.workspace import Workspace
 
 LIVE = "policy"
 CHUNK_BYTES, CHUNK_BYTES_CPU = 64 << 20, 12 << 20
+AGAIN = 0.6  # share of rows up to which it is cheaper to go forward again with these than backward with all
 Loss = Callable[[Rows, Stats], Tensor]
 
 
@@ -38,6 +40,7 @@ class Pass:
     index: Tensor
     rows: Rows
     place: tuple[Tensor, Tensor]
+    row: Tensor  # of each position, in `index`
     token: Tensor
     hidden: dict[str, Tensor]
     kept: list[Positions] = field(default_factory=list)
@@ -73,6 +76,7 @@ class Engine:
 
     # -- measuring -----------------------------------------------------------------------------------------------
 
+    @fast_products()
     @torch.no_grad()
     def measure(self, functionals: Sequence[Functional], rows: Rows, alias: dict[str, str] | None = None) -> Stats:
         """Numbers without gradient, [B, T, *F]; `alias` reads one model under another's name ("old" for "policy").
@@ -92,6 +96,7 @@ class Engine:
                 at.close()
         return out.stats(functionals)
 
+    @fast_products()
     def step(
         self,
         functionals: Sequence[Functional],
@@ -124,12 +129,7 @@ class Engine:
         live = self._measure_passes(functionals, rows, passes)
         value, grads = self._differentiate(loss, rows, frozen, live)
         for i, batch in enumerate(passes):
-            everywhere = (0, len(batch.token))
-            if not any(bool(self._gradient_at(f, g, batch, *everywhere).any()) for f, g in grads.items()):
-                continue
-            if not single:
-                batch = self._again(rows, batch, functionals, (*counter, i))
-            self._backward(batch, grads)
+            self._backward_rows(rows, batch, functionals, grads, (*counter, i))
         return value, frozen.merged(live.detached())
 
     # -- the two passes ------------------------------------------------------------------------------------------
@@ -163,8 +163,7 @@ class Engine:
             value = value + share
             for functional, numbers in live.items():
                 out.put_rows(functional, index, numbers.detach(), part)
-            if any(bool(grad.any()) for grad in grads.values()):
-                self._backward(batch, grads)
+            self._backward_rows(part, batch, functionals, grads, (*counter, i))
         return value, frozen.merged(out.stats(functionals))
 
     def _differentiate(
@@ -179,11 +178,34 @@ class Engine:
         found = {f: g for f, g in zip(leaves, grads, strict=True) if g is not None and _learns(f)}
         return value.detach(), {f: unpacked(g, rows.masks[f.where]) if packed(f) else g for f, g in found.items()}
 
-    def _again(self, rows: Rows, batch: Pass, functionals, counter) -> Pass:
-        """The same micro-batch with a graph for the policy; states of frozen models are reused."""
-        trained = self._trained(functionals)
-        again = self._forward(rows, batch.index, functionals, grad=True, counter=counter, only=trained)
-        again.hidden, again.known = {**batch.hidden, **again.hidden}, batch.known
+    def _backward_rows(self, rows: Rows, batch: Pass, functionals, grads: dict[Functional, Tensor], counter) -> None:
+        """Back through a micro-batch; rows without gradient (tied groups, say) are left out where that is cheaper."""
+        learning = self._learning(batch, grads)
+        count, graph = int(learning.sum()), any(h.requires_grad for h in batch.hidden.values())
+        if not count:
+            return
+        if self.dropout or (graph and count > AGAIN * len(learning)):  # masks of dropout are those of all rows
+            learning = torch.ones_like(learning)
+        if not graph or not bool(learning.all()):
+            batch = self._again(rows, batch, functionals, counter, learning)
+        self._backward(batch, grads)
+
+    def _learning(self, batch: Pass, grads: dict[Functional, Tensor]) -> Tensor:
+        """Which rows of a micro-batch have a gradient."""
+        found = torch.zeros(len(batch.index), dtype=torch.bool, device=batch.token.device)
+        for functional, grad in grads.items():
+            g = self._gradient_at(functional, grad, batch, 0, len(batch.token))
+            found[batch.row[g.flatten(1).any(1) if g.dim() > 1 else g != 0]] = True
+        return found
+
+    def _again(self, rows: Rows, batch: Pass, functionals, counter, learning: Tensor) -> Pass:
+        """Rows of a micro-batch once more with a graph for the policy; states of frozen models are reused."""
+        trained, whole = self._trained(functionals), bool(learning.all())
+        same = slice(None) if whole else learning[batch.row]
+        frozen = {name: hidden[same] for name, hidden in batch.hidden.items() if name not in trained}
+        batch.hidden, batch.kept = {}, []  # with its graph, if there is one
+        again = self._forward(rows, batch.index[learning], functionals, grad=True, counter=counter, only=trained)
+        again.hidden, again.known = {**frozen, **again.hidden}, batch.known if whole else {}
         return again
 
     def _backward(self, batch: Pass, grads: dict[Functional, Tensor]) -> None:
@@ -275,7 +297,7 @@ class Engine:
     def _forward(self, rows, index, functionals, *, grad: bool, alias=None, counter=None, only=None) -> Pass:
         part = rows.with_(pairs=None).select(index).trim()
         place = part.mask.nonzero(as_tuple=True)
-        batch = Pass(index, part, (index[place[0]], place[1]), part.tokens[place], {})
+        batch = Pass(index, part, (index[place[0]], place[1]), place[0], part.tokens[place], {})
         for name in self._models_read(functionals) if only is None else only:
             source = (alias or {}).get(name, name)
             trained = source == LIVE or source.startswith("head:")
