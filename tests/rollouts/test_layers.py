@@ -28,7 +28,7 @@ def test_a_fused_layer_gives_what_its_modules_give(name):
     cos, sin = policy.transformer.base_model.rotary_emb(x, torch.arange(9)[None])
     place = torch.tensor([[0], [3], [8], [3], [1]])
     with torch.no_grad():
-        fused, plain = Fused(layer, Workspace()), Unfused(layer)
+        fused, plain = Fused(layer), Unfused(layer)
         angles = Angles(cos[0], sin[0]).at(place)
         for found, wanted in zip(fused.project(x, angles)[:2], plain.project(x, angles)[:2], strict=True):
             torch.testing.assert_close(found, wanted[..., fused.order], rtol=1e-5, atol=1e-5)

@@ -30,8 +30,8 @@ class Cache(Protocol):
         """What a scaled query reads from its prompt and from `length` tokens of its row."""
         ...
 
-    def move(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], length: int) -> None:
-        """Copy rows to other places."""
+    def keep(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], rows: int, length: int) -> None:
+        """Copy some rows to other places, and go on with the first ones."""
         ...
 
 
@@ -115,7 +115,7 @@ class Shared:
 
 
 class Buffers:
-    """A growing buffer of keys and one of values, [n, K, columns, d].
+    """A growing buffer of keys and one of values.
 
     Args:
         rows, heads, columns, limit: n, K, columns to begin with, and at most.
@@ -126,30 +126,36 @@ class Buffers:
     def __init__(self, rows: int, heads: int, columns: int, limit: int, like: Tensor, workspace: Workspace, layer: int):
         self.limit = limit
         shape = (rows, heads, columns, like.shape[-1])
-        self.keys = workspace.take(f"keys {layer}", shape, like)
-        self.values = workspace.take(f"values {layer}", shape, like)
+        self.see(workspace.take(f"keys {layer}", shape, like), workspace.take(f"values {layer}", shape, like))
+
+    def see(self, keys: Float[Tensor, "n K c d"], values: Float[Tensor, "n K c d"]) -> None:
+        """These are the buffers from now on."""
+        self.keys, self.values = keys, values
+        self.columns = keys.shape[2]
+        self.flat = keys.flatten(0, 1), values.flatten(0, 1)
 
     def put(self, key: Float[Tensor, "n K d"], value: Float[Tensor, "n K d"], column: int) -> None:
         """Write one column."""
-        if column == self.keys.shape[2]:
-            self.keys, self.values = self._grown(self.keys, len(key)), self._grown(self.values, len(key))
-        self.keys[: len(key), :, column] = key
-        self.values[: len(key), :, column] = value
+        if column == self.columns:
+            self.see(self._grown(self.keys), self._grown(self.values))
+        self.keys.select(2, column).copy_(key)
+        self.values.select(2, column).copy_(value)
 
-    def read(self, rows: int, columns: int) -> tuple[Float[Tensor, "nK c d"], Float[Tensor, "nK c d"]]:
-        """The first columns of the first rows, a matrix for each row and head."""
-        keys, values = (buffer[:rows].flatten(0, 1)[:, :columns] for buffer in (self.keys, self.values))
-        return keys, values
+    def read(self, columns: int) -> tuple[Float[Tensor, "nK c d"], Float[Tensor, "nK c d"]]:
+        """The first columns, a matrix for each row and head."""
+        keys, values = self.flat
+        return keys.narrow(1, 0, columns), values.narrow(1, 0, columns)
 
-    def move(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], columns: int) -> None:
-        """Copy rows to other places."""
+    def keep(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], rows: int, columns: int) -> None:
+        """Copy some rows to other places, and go on with the first ones."""
         for buffer in (self.keys, self.values):
             buffer[target, :, :columns] = buffer[source, :, :columns]
+        self.see(self.keys[:rows], self.values[:rows])
 
-    def _grown(self, old: Tensor, rows: int) -> Tensor:
+    def _grown(self, old: Tensor) -> Tensor:
         columns = min(self.limit, old.shape[2] + max(CHUNK, old.shape[2] // 2))
-        new = old.new_empty(rows, old.shape[1], columns, old.shape[3])
-        new[:, :, : old.shape[2]] = old[:rows]
+        new = old.new_empty(*old.shape[:2], columns, old.shape[3])
+        new[:, :, : old.shape[2]] = old
         return new
 
 
@@ -193,7 +199,7 @@ class RowCache:
         """See `Cache`."""
         rows, dim = len(query), query.shape[-1]
         reach = max(self.width + length, self.least)
-        keys, values = self.buffers.read(rows, reach)
+        keys, values = self.buffers.read(reach)
         query, keys = query.reshape(rows * self.heads, -1, dim), keys.transpose(1, 2)
         if self.bias is None:
             scores = torch.bmm(query, keys)
@@ -204,9 +210,9 @@ class RowCache:
             scores[..., self.width + length :] = float("-inf")
         return torch.bmm(softmax(scores).to(query.dtype), values).view(rows, -1)
 
-    def move(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], length: int) -> None:
+    def keep(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], rows: int, length: int) -> None:
         """See `Cache`."""
-        self.buffers.move(source, target, self.width + length)
+        self.buffers.keep(source, target, rows, self.width + length)
 
 
 class SharedCache:
@@ -247,7 +253,7 @@ class SharedCache:
         query = query.contiguous().view(rows, self.heads, -1, dim)
         own, width = rows * self.heads, self.prompt_keys.shape[-1]
         reach = max(length, self.least)
-        keys, values = self.buffers.read(rows, reach)
+        keys, values = self.buffers.read(reach)
         scores = self.shared.gather(self._on_prompt(query), self.heads)
         new = torch.bmm(query.view(own, -1, dim), keys.transpose(1, 2)).view(rows, self.heads, -1, reach)[..., :length]
         weights = softmax(torch.cat([scores, new], -1)).to(query.dtype)
@@ -262,9 +268,9 @@ class SharedCache:
             return scores
         return (scores.view(self.shared.prompts, self.heads, -1, scores.shape[-1]) + self.bias).view(scores.shape)
 
-    def move(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], length: int) -> None:
+    def keep(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], rows: int, length: int) -> None:
         """See `Cache`."""
-        self.buffers.move(source, target, length)
+        self.buffers.keep(source, target, rows, length)
 
 
 def softmax(scores: Float[Tensor, "*n S"]) -> Float[Tensor, "*n S"]:

@@ -22,6 +22,7 @@ from keel.models.language import LanguageModel
 from keel.rollouts.sampling import Sampling
 
 BLOCK = 256  # tokens of a block in the two-level search for a token
+BELOW = 1 - 2**-52  # of a total: rounding never leads past the last entry with weight
 
 
 class Stepper(Protocol):
@@ -279,8 +280,7 @@ def _search(
     """The entry at which the running sum exceeds `share` of the total; the sum that was looked for, and all sums."""
     sums = weight.cumsum(-1)
     total = sums[:, -1:]
-    # below the total, so that rounding never leads past the last entry with weight
-    goal = torch.minimum(share[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    goal = torch.minimum(share[:, None] * total, total * BELOW)
     # weights that are no numbers must not lead past the end; their log-probability says that they are none
     place = torch.searchsorted(sums, goal, right=True).clamp_(max=sums.shape[-1] - 1)
     return place, goal, sums

@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keel.models.language import LanguageModel
-from keel.rollouts.caches import Workspace
 
 FUSED_BYTES = 256 << 20  # weights up to this size are copied into fused matrices for each call
 
@@ -68,15 +68,14 @@ class Fused:
 
     Args:
         layer: of the Llama family, in fp32.
-        workspace: memory for what the products give.
         dtype: of the products; None is that of the weights.
     """
 
-    def __init__(self, layer: Any, workspace: Workspace, dtype: torch.dtype | None = None):
+    def __init__(self, layer: Any, dtype: torch.dtype | None = None):
         attention, mlp = layer.self_attn, layer.mlp
         self.dim = attention.head_dim
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
-        self.heads, self.kv_heads = query.out_features // self.dim, key.out_features // self.dim
+        self.heads, self.kv_heads = self.counts = query.out_features // self.dim, key.out_features // self.dim
         self.order = torch.arange(self.dim, device=query.weight.device).view(2, -1).t().flatten()
         self.normed = hasattr(attention, "q_norm")
         scale = 1.0 if self.normed else attention.scaling
@@ -89,59 +88,54 @@ class Fused:
             self.qkv_bias = torch.cat([self._ordered(query.bias) * scale, self._ordered(key.bias), value.bias])
         if self.normed:
             norms = [Norm(attention.q_norm), Norm(attention.k_norm)]
-            rows = [n.weight[self.order].expand(heads, -1) for n, heads in zip(norms, self._counts(), strict=True)]
+            rows = [n.weight[self.order].expand(heads, -1) for n, heads in zip(norms, self.counts, strict=True)]
             self.qk_norm, self.qk_weight = norms[0].scaled, torch.cat([rows[0] * attention.scaling, rows[1]])
         self.out, self.act = attention.o_proj, mlp.act_fn
+        if type(self.act).__name__ in ("SiLU", "SiLUActivation"):
+            self.act = F.silu
         gate, up, self.down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        self.hidden = gate.out_features
+        self.hidden = gate.out_features, up.out_features
         self.gate_up = torch.cat([gate.weight, up.weight]) * after.weight
         self.gate_up_bias = None if gate.bias is None else torch.cat([gate.bias, up.bias])
-        self.workspace, self.dtype = workspace, dtype
-        self.out_weight, self.down_weight = self.out.weight, self.down.weight
-        if dtype is not None:
-            self.qkv, self.gate_up = self.qkv.to(dtype), self.gate_up.to(dtype)
-            self.out_weight, self.down_weight = self.out_weight.to(dtype), self.down_weight.to(dtype)
+        self.dtype = dtype
+        weights = (self.qkv, self.out.weight, self.gate_up, self.down.weight)
+        weights = tuple(weight.detach().to(dtype or weight.dtype).t() for weight in weights)
+        self.qkv, self.out_weight, self.gate_up, self.down_weight = weights
 
     def project(
         self, x: Float[Tensor, "n D"], angles: Angles
     ) -> tuple[Float[Tensor, "n H d"], Float[Tensor, "n K d"], Float[Tensor, "n K d"]]:
         """Query, scaled, key and value of one token."""
-        h = self._linear("qkv", self.before(x), self.qkv, self.qkv_bias).view(len(x), -1, self.dim)
+        h = self._linear(self.before(x), self.qkv, self.qkv_bias).view(len(x), -1, self.dim)
         both = self.heads + self.kv_heads
-        qk = h[:, :both]
+        qk, value = h.split_with_sizes((both, self.kv_heads), 1)
         if self.normed:
             qk = self.qk_norm(qk).mul_(self.qk_weight)
-        pairs = torch.view_as_complex(qk.unflatten(-1, (-1, 2)))
-        qk = torch.view_as_real(pairs * angles.turn).flatten(-2)
-        return qk[:, : self.heads], qk[:, self.heads :], h[:, both:]
+        pairs = torch.view_as_complex(qk.view(len(x), both, -1, 2))
+        query, key = torch.view_as_real(pairs * angles.turn).view(qk.shape).split_with_sizes(self.counts, 1)
+        return query, key, value
 
     def finish(self, x: Float[Tensor, "n D"], attended: Float[Tensor, "n A"]) -> Float[Tensor, "n D"]:
         """The rest of the layer after attention."""
         x = self._added(x, attended, self.out_weight, self.out.bias)
-        h = self._linear("gate_up", self.after(x), self.gate_up, self.gate_up_bias)
-        h = self.act(h[:, : self.hidden]).mul_(h[:, self.hidden :])
-        return self._added(x, h, self.down_weight, self.down.bias)
+        gate, up = self._linear(self.after(x), self.gate_up, self.gate_up_bias).split_with_sizes(self.hidden, 1)
+        return self._added(x, self.act(gate).mul_(up), self.down_weight, self.down.bias)
 
-    def _linear(self, name: str, x: Float[Tensor, "n D"], weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A product, if in fp32 into memory that all layers share."""
+    def _linear(self, x: Float[Tensor, "n D"], weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.dtype is not None:
-            out = torch.mm(x.to(self.dtype), weight.t()).float()
+            out = torch.mm(x.to(self.dtype), weight).float()
             return out if bias is None else out.add_(bias)
-        out = self.workspace.take(name, (len(x), len(weight)), x)
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+        return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
 
     def _added(self, x: Float[Tensor, "n D"], h: Float[Tensor, "n h"], weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.dtype is None:
-            out = torch.addmm(x, h, weight.t())
+            out = torch.addmm(x, h, weight)
         else:
-            out = x + torch.mm(h.to(self.dtype), weight.t())
+            out = x + torch.mm(h.to(self.dtype), weight)
         return out if bias is None else out.add_(bias)
 
     def _ordered(self, rows: Float[Tensor, "Hd *D"]) -> Float[Tensor, "Hd *D"]:
         return rows.view(-1, self.dim, *rows.shape[1:])[:, self.order].flatten(0, 1)
-
-    def _counts(self) -> tuple[int, int]:
-        return self.heads, self.kv_heads
 
 
 class Norm:

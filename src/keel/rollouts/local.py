@@ -77,7 +77,11 @@ class LocalGenerator:
         return stepper if self.agrees else CacheStepper(self.model)
 
     def _draw(self, stepper: Stepper, prompts: Prompts, sampling: Sampling) -> Drawn:
-        return decode(stepper, self.model, prompts, sampling, compact=self.compact)
+        if not isinstance(stepper, DecoderStepper):
+            return decode(stepper, self.model, prompts, sampling, compact=self.compact)
+        with torch.inference_mode():  # cheaper than no_grad, for operations that take microseconds
+            drawn = decode(stepper, self.model, prompts, sampling, compact=self.compact)
+        return Drawn(*(tensor.clone() for tensor in vars(drawn).values()))  # ordinary tensors, fit for training
 
 
 def _agrees(stepper: Stepper, model: LanguageModel) -> bool:

@@ -78,7 +78,7 @@ class DecoderStepper:
         self.least = -(-SMALL_PRODUCT // (attention.num_key_value_groups * attention.head_dim))
         self.fused = fusible(model)
         self.layers: list[Fused | Unfused] = [
-            Fused(layer, self.workspace, model.autocast) if self.fused else Unfused(layer) for layer in base.layers
+            Fused(layer, model.autocast) if self.fused else Unfused(layer) for layer in base.layers
         ]
         self.norm = Norm(base.norm) if self.fused else base.norm
 
@@ -130,7 +130,7 @@ class DecoderStepper:
         """See `Stepper`; `index` is as `survivors` gives it, so only rows that change their place are moved."""
         moved = (index != torch.arange(len(index), device=index.device)).nonzero(as_tuple=True)[0]
         for cache in self.caches:
-            cache.move(index[moved], moved, self.length)
+            cache.keep(index[moved], moved, len(index), self.length)
         self.shared.keep(index)
         self.position = self.position[index]
 
