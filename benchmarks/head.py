@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measuring import PeakMemory, Row, in_process, medians
+from keel.core.aggregate import Aggregation
 from keel.core.policy import Head
 from keel.core.rows import Rows
 from keel.statistics.engine import Engine
@@ -32,13 +33,13 @@ class States(nn.Module):
         return self.states
 
 
-def problem(length: int = TOKENS // 32, vocabulary: int = VOCABULARY) -> tuple[States, States, Rows]:
-    """A policy, a reference near it, and 32 rows of `length` tokens."""
+def problem(length: int, count: int, vocabulary: int = VOCABULARY) -> tuple[States, States, Rows]:
+    """A policy, a reference near it, and `count` rows of `length` tokens."""
     chance = torch.Generator().manual_seed(0)
-    states = torch.randn(32, length, DIM, generator=chance)
+    states = torch.randn(count, length, DIM, generator=chance)
     weight = torch.randn(vocabulary, DIM, generator=chance) / DIM**0.5
     near = weight + 0.1 * torch.randn(vocabulary, DIM, generator=chance) / DIM**0.5
-    tokens = torch.randint(0, vocabulary, (32, length), generator=chance)
+    tokens = torch.randint(0, vocabulary, (count, length), generator=chance)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     rows = Rows.build(tokens[:, :1], mask[:, :1], tokens, mask)
     ref = States(states.clone(), near).requires_grad_(False)
@@ -46,15 +47,16 @@ def problem(length: int = TOKENS // 32, vocabulary: int = VOCABULARY) -> tuple[S
 
 
 def engine_way(policy: States, ref: States, rows: Rows) -> Callable[[], Tensor]:
-    """One step of the engine at its default chunk size."""
-    engine = Engine({"policy": policy, "ref": ref})
+    """One step of the engine at its default chunk size; the loss is a mean over tokens, as most are."""
+    engine, mean = Engine({"policy": policy, "ref": ref}), Aggregation("token_mean")
     asked = [LogProb(), Entropy(), Divergence("kl_policy_ref", "ref")]
+
+    def loss(rows: Rows, stats: Stats) -> Tensor:
+        return sum(mean(stats[f], rows) * c for f, c in zip(asked, WEIGHTS, strict=True))
 
     def run() -> Tensor:
         policy.zero_grad(set_to_none=True)
-        return engine.step(
-            asked, rows, Stats(), lambda r, s: sum(s[f].mean() * c for f, c in zip(asked, WEIGHTS, strict=True))
-        )[0]
+        return engine.step(asked, rows, Stats(), loss, additive=True)[0]
 
     return run
 
@@ -82,8 +84,14 @@ WAYS = {"engine": engine_way, "materialised": materialised_way}
 
 
 def rows(repeats: int = 5, threads: int = 2) -> Iterator[Row]:
+    """Short rows, whose logits are computed once, and longer ones, whose logits are computed twice."""
+    for length in (32, 128):
+        yield from measure(length, repeats, threads)
+
+
+def measure(length: int, repeats: int, threads: int) -> Iterator[Row]:
     """Time, then memory, each way in a process of its own for the latter."""
-    policy, ref, batch = problem()
+    policy, ref, batch = problem(length, TOKENS // length)
     ours, theirs = engine_way(policy, ref, batch), materialised_way(policy, ref, batch)
     gradients = []
     for way in (ours, theirs):
@@ -91,22 +99,22 @@ def rows(repeats: int = 5, threads: int = 2) -> Iterator[Row]:
         gradients.append((value, policy.states.grad, policy.output.weight.grad))
     apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients, strict=True))
     spent = medians([theirs, ours], repeats, warm=0)
-    work = f"log-probability + entropy + KL of the vocabulary, {TOKENS} tokens, d {DIM}, vocabulary {VOCABULARY}"
+    shape = f"{TOKENS // length} x {length} tokens, d {DIM}, vocabulary {VOCABULARY}"
+    work = f"log-probability + entropy + KL of the vocabulary, {shape}"
     accuracy = f"gradients equal to {apart:.0e}"
-    yield Row(
-        f"{work}: time", "default", 1e3 * spent[1], 1e3 * spent[0], "ms", spent[0] / spent[1], 2.0, accuracy, COMMAND
-    )
-    code = "from benchmarks.head import memory; memory({!r})"
-    extra = {name: in_process(code.format(name), threads)["extra"] for name in WAYS}
+    ratio = spent[0] / spent[1]
+    yield Row(f"{work}: time", "default", 1e3 * spent[1], 1e3 * spent[0], "ms", ratio, 2.0, accuracy, COMMAND)
+    code = "from benchmarks.head import memory; memory({!r}, {})"
+    extra = {name: in_process(code.format(name, length), threads)["extra"] for name in WAYS}
     ratio = extra["materialised"] / extra["engine"]
     mega = [extra[name] / 2**20 for name in ("engine", "materialised")]
     yield Row(f"{work}: extra memory", "default", *mega, "MiB", ratio, 40.0, "", COMMAND)
 
 
-def memory(way: str) -> None:
+def memory(way: str, length: int) -> None:
     """Peak of one way beyond its inputs and gradients, and beyond the libraries that a first small step loads."""
-    WAYS[way](*problem(2, 1024))()
-    policy, ref, batch = problem()
+    WAYS[way](*problem(2, 32, 1024))()
+    policy, ref, batch = problem(length, TOKENS // length)
     run = WAYS[way](policy, ref, batch)
     policy.states.grad, policy.output.weight.grad = (
         torch.zeros_like(policy.states),

@@ -49,6 +49,7 @@ def keel_way(shape: str, vocabulary: int, **settings: Any) -> Way:
         **settings,
     }
     model.autocast = torch.bfloat16 if asked.pop("model.autocast", None) else None
+    model.gradient_checkpointing = bool(asked.pop("model.gradient_checkpointing", False))
     setup = prepare_setup(
         "grpo", model, None, None, questions(vocabulary), reward, seed=0, name=None, config=None, settings=asked
     )
@@ -122,7 +123,7 @@ def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
 WAYS: dict[str, tuple[Callable[..., Way], dict[str, Any]]] = {
     "default": (keel_way, {}),
     "model.autocast=bfloat16": (keel_way, {"model.autocast": "bfloat16"}),
-    "train.max_tokens=2048": (keel_way, {"train.max_tokens": 2048}),
+    "model.gradient_checkpointing=true": (keel_way, {"model.gradient_checkpointing": True}),
     "TRL at its defaults": (trl_way, {}),
     "TRL in fp32": (trl_way, {"bf16": False, "gradient_checkpointing": False}),
 }
@@ -140,7 +141,7 @@ def measure(shape: str, vocabulary: int, repeats: int, threads: int) -> Iterator
     """One model."""
     command = f"python -m benchmarks step --shape {shape} --vocabulary {vocabulary}"
     work = f"GRPO step, {PROMPTS} x {GROUP}, {LENGTH} tokens, beta {BETA}, {shape} parameters, vocabulary {vocabulary}"
-    timed = [name for name in WAYS if name != "train.max_tokens=2048"]
+    timed = [name for name in WAYS if "checkpointing" not in name]
     ways = {name: WAYS[name][0](shape, vocabulary, **WAYS[name][1]) for name in timed}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
@@ -157,7 +158,7 @@ def measure(shape: str, vocabulary: int, repeats: int, threads: int) -> Iterator
         ratio = spent[peer] / spent[ours]
         yield Row(title, ours, spent[ours], spent[peer], "ms", ratio, goal, ACCURACY[ours], command)
     code = "from benchmarks.step import memory; memory({!r}, {!r}, {})"
-    asked = ("default", "train.max_tokens=2048", "TRL at its defaults")
+    asked = ("default", "model.gradient_checkpointing=true", "TRL at its defaults")
     mega = {name: in_process(code.format(name, shape, vocabulary), threads)["extra"] / 2**20 for name in asked}
     theirs = mega[asked[-1]]
     for ours in asked[:2]:

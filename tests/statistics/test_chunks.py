@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.worlds import noise
+from tests.worlds import Network, noise, text_rows
 from torch import Tensor, nn
 
 from keel.core.policy import Head
@@ -87,3 +87,28 @@ def test_the_automatic_size_keeps_a_small_vocabulary_in_one_chunk(monkeypatch):
     assert engines.CHUNK_BYTES_CPU // (4 * 64) == 49152
     monkeypatch.setattr(engines, "CHUNK_BYTES_CPU", 4 * VOCABULARY * 48)
     assert list(engine._chunks(batch, [LogProb()])) == [(0, 48), (48, 64)]
+
+
+@pytest.mark.parametrize(
+    "positions, pieces", [(6, [1, 1, 2, 1]), (11, [2, 3]), (5, [1, 1, 1, 2]), (4, [5]), (100, [5])]
+)
+def test_additive_losses_take_rows_by_the_chunk(positions, pieces):
+    """Logits of whole rows that fit a chunk are computed once; where the longest row does not fit, all are one piece."""
+    rows = text_rows(5)
+    policy, ref = Network(seed="policy"), Network(seed="ref")
+    seen: list[int] = []
+    needs = [LogProb(), Divergence("kl_policy_ref")]
+
+    def loss(rows, stats):
+        seen.append(len(rows))
+        total = rows.totals.tokens if rows.totals is not None else rows.mask.sum()
+        return sum((stats[f] * rows.mask).sum() for f in needs) / total
+
+    results = []
+    for additive in (True, False):
+        engine = Engine({"policy": policy, "ref": ref}, max_tokens=10**6, chunk_bytes=positions * 4 * 11)
+        value, stats = engine.step(needs, rows, Stats(), loss, additive=additive)
+        results.append((value, stats[needs[0]], [p.grad.clone() for p in policy.parameters()]))
+        policy.zero_grad()
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+    assert seen == [*pieces, 5]

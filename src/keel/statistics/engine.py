@@ -120,7 +120,7 @@ class Engine:
             The loss, and all statistics, detached.
         """
         plan = self.split(rows)
-        if additive and len(plan) > 1:
+        if additive and (len(plan) > 1 or int(rows.mask.sum()) > self._chunk_size(rows.device)):
             return self._step_additive(functionals, rows, frozen, loss, plan, counter)
         single = len(plan) == 1
         passes = []
@@ -128,14 +128,19 @@ class Engine:
             passes.append(self._forward(rows, index, functionals, grad=single, counter=(*counter, i)))
         live = self._measure_passes(functionals, rows, passes)
         value, grads = self._differentiate(loss, rows, frozen, live)
+        workspace = Workspace()
         for i, batch in enumerate(passes):
-            self._backward_rows(rows, batch, functionals, grads, (*counter, i))
+            upstream = self._upstream(batch, functionals)
+            self._through_heads(batch, grads, upstream, workspace)
+            self._through_bodies(rows, batch, functionals, upstream, (*counter, i))
         return value, frozen.merged(live.detached())
 
     # -- the two passes ------------------------------------------------------------------------------------------
 
-    def _measure_passes(self, functionals: Sequence[Functional], rows: Rows, passes: list[Pass]) -> Stats:
-        out, workspace = _Collector(rows), Workspace()
+    def _measure_passes(
+        self, functionals: Sequence[Functional], rows: Rows, passes: list[Pass], workspace: Workspace | None = None
+    ) -> Stats:
+        out, workspace = _Collector(rows), workspace or Workspace()
         with torch.no_grad():
             for batch in passes:
                 chunks = list(self._chunks(batch, functionals))
@@ -152,19 +157,45 @@ class Engine:
 
     def _step_additive(self, functionals, rows, frozen, loss, plan, counter) -> tuple[Tensor, Stats]:
         whole = totals(rows)
-        out = _Collector(rows)
+        out, workspace = _Collector(rows), Workspace()
         value = torch.zeros((), device=rows.device)
         for i, index in enumerate(plan):
             part = rows.with_(totals=whole, pairs=None).select(index)
             every = torch.arange(len(index), device=index.device)
             batch = self._forward(part, every, functionals, grad=True, counter=(*counter, i))
-            live = self._measure_passes(functionals, part, [batch])
-            share, grads = self._differentiate(loss, part, frozen.select(index), live)
-            value = value + share
-            for functional, numbers in live.items():
-                out.put_rows(functional, index, numbers.detach(), part)
-            self._backward_rows(part, batch, functionals, grads, (*counter, i))
+            upstream = self._upstream(batch, functionals)
+            for mine, place in self._pieces(batch):
+                piece = self._piece(batch, part, mine, place)
+                live = self._measure_passes(functionals, piece.rows, [piece], workspace)
+                share, grads = self._differentiate(loss, piece.rows, frozen.select(index[mine]), live)
+                value = value + share
+                for functional, numbers in live.items():
+                    out.put_rows(functional, index[mine], numbers.detach(), piece.rows)
+                self._through_heads(piece, grads, {n: h[place] for n, h in upstream.items()}, workspace)
+            self._through_bodies(part, batch, functionals, upstream, (*counter, i))
         return value, frozen.merged(out.stats(functionals))
+
+    def _pieces(self, batch: Pass) -> list[tuple[slice, slice]]:
+        """Rows whose logits fit one chunk, so that they are computed once, and their positions; else all rows."""
+        size, lengths = self._chunk_size(batch.token.device), batch.rows.mask.sum(1).tolist()
+        if max(lengths, default=0) > size or sum(lengths) <= size:
+            return [(slice(0, len(lengths)), slice(0, sum(lengths)))]
+        pieces, row, start, stop = [], 0, 0, 0
+        for i, length in enumerate(lengths):
+            if stop + length - start > size:
+                pieces.append((slice(row, i), slice(start, stop)))
+                row, start = i, stop
+            stop += length
+        return [*pieces, (slice(row, len(lengths)), slice(start, stop))]
+
+    def _piece(self, batch: Pass, part: Rows, mine: slice, place: slice) -> Pass:
+        """Some rows of a micro-batch, without their graph."""
+        index = torch.arange(mine.start, mine.stop, device=batch.token.device)
+        row = batch.row[place] - mine.start
+        hidden = {name: h[place].detach() for name, h in batch.hidden.items()}
+        return Pass(
+            index - mine.start, part.select(index), (row, batch.place[1][place]), row, batch.token[place], hidden
+        )
 
     def _differentiate(
         self, loss: Loss, rows: Rows, frozen: Stats, live: Stats
@@ -178,49 +209,43 @@ class Engine:
         found = {f: g for f, g in zip(leaves, grads, strict=True) if g is not None and _learns(f)}
         return value.detach(), {f: unpacked(g, rows.masks[f.where]) if packed(f) else g for f, g in found.items()}
 
-    def _backward_rows(self, rows: Rows, batch: Pass, functionals, grads: dict[Functional, Tensor], counter) -> None:
-        """Back through a micro-batch; rows without gradient (tied groups, say) are left out where that is cheaper."""
-        learning = self._learning(batch, grads)
-        count, graph = int(learning.sum()), any(h.requires_grad for h in batch.hidden.values())
-        if not count:
-            return
-        if self.dropout or (graph and count > AGAIN * len(learning)):  # masks of dropout are those of all rows
-            learning = torch.ones_like(learning)
-        if not graph or not bool(learning.all()):
-            batch = self._again(rows, batch, functionals, counter, learning)
-        self._backward(batch, grads)
+    # -- back ----------------------------------------------------------------------------------------------------
 
-    def _learning(self, batch: Pass, grads: dict[Functional, Tensor]) -> Tensor:
-        """Which rows of a micro-batch have a gradient."""
-        found = torch.zeros(len(batch.index), dtype=torch.bool, device=batch.token.device)
-        for functional, grad in grads.items():
-            g = self._gradient_at(functional, grad, batch, 0, len(batch.token))
-            found[batch.row[g.flatten(1).any(1) if g.dim() > 1 else g != 0]] = True
-        return found
+    def _upstream(self, batch: Pass, functionals: Sequence[Functional]) -> dict[str, Tensor]:
+        """Room for the gradients of the states of what is trained."""
+        trained = self._trained(functionals)
+        return {name: torch.zeros_like(h, requires_grad=False) for name, h in batch.hidden.items() if name in trained}
 
-    def _again(self, rows: Rows, batch: Pass, functionals, counter, learning: Tensor) -> Pass:
-        """Rows of a micro-batch once more with a graph for the policy; states of frozen models are reused."""
-        trained, whole = self._trained(functionals), bool(learning.all())
-        same = slice(None) if whole else learning[batch.row]
-        frozen = {name: hidden[same] for name, hidden in batch.hidden.items() if name not in trained}
-        batch.hidden, batch.kept = {}, []  # with its graph, if there is one
-        again = self._forward(rows, batch.index[learning], functionals, grad=True, counter=counter, only=trained)
-        again.hidden, again.known = {**frozen, **again.hidden}, batch.known if whole else {}
-        return again
-
-    def _backward(self, batch: Pass, grads: dict[Functional, Tensor]) -> None:
-        """Through the heads chunk by chunk, then once through each body."""
-        states = {name: h for name, h in batch.hidden.items() if h.requires_grad}
-        upstream = {name: torch.zeros_like(h) for name, h in states.items()}
-        workspace = Workspace()
+    def _through_heads(
+        self, batch: Pass, grads: dict[Functional, Tensor], upstream: dict[str, Tensor], workspace: Workspace
+    ) -> None:
+        """Gradients of the states, chunk by chunk."""
         for start, stop in self._chunks(batch, list(grads)):
             at = batch.kept[0] if batch.kept else self._positions(batch, start, stop, {}, workspace)
             self._backward_chunk(batch, at, grads, start, stop, upstream)
             at.close()
         batch.kept.clear()
-        for name, hidden in states.items():
-            if bool(upstream[name].any()):
-                hidden.backward(upstream[name])
+
+    def _through_bodies(self, rows: Rows, batch: Pass, functionals, upstream: dict[str, Tensor], counter) -> None:
+        """Once through each body; rows without gradient (tied groups, say) are left out where that is cheaper."""
+        learning = torch.zeros(len(batch.index), dtype=torch.bool, device=batch.token.device)
+        for gradient in upstream.values():
+            learning[batch.row[gradient.any(-1)]] = True
+        count, graph = int(learning.sum()), any(h.requires_grad for h in batch.hidden.values())
+        if not count:
+            return
+        if self.dropout or (graph and count > AGAIN * len(learning)):  # masks of dropout are those of all rows
+            learning = torch.ones_like(learning)
+        states = batch.hidden
+        if not graph or not bool(learning.all()):
+            batch.hidden = {}  # with its graph, if there is one
+            index, same = batch.index[learning], learning[batch.row]
+            del states
+            states = self._forward(rows, index, functionals, grad=True, counter=counter, only=list(upstream)).hidden
+            upstream = {name: gradient[same] for name, gradient in upstream.items()}
+        for name, gradient in upstream.items():
+            if states[name].requires_grad and bool(gradient.any()):
+                states[name].backward(gradient)
 
     def _backward_chunk(self, batch, at, grads, start, stop, upstream) -> None:
         head = self.models[LIVE].head
@@ -334,19 +359,19 @@ class Engine:
         """Ranges of positions whose logits fit `chunk_bytes`; one empty range where there are no positions."""
         if not functionals:
             return
-        positions = len(batch.token)
-        automatic = CHUNK_BYTES_CPU if batch.token.device.type == "cpu" else CHUNK_BYTES
-        chunk_bytes = automatic if self.chunk_bytes is None else self.chunk_bytes
-        size = max(1, chunk_bytes // (4 * self._vocabulary(batch)))
+        positions, size = len(batch.token), self._chunk_size(batch.token.device)
         for start in range(0, max(1, positions), size):
             yield start, min(positions, start + size)
 
-    def _vocabulary(self, batch: Pass) -> int:
-        module = self.models[LIVE].head.module
+    def _chunk_size(self, device: torch.device) -> int:
+        """Positions whose logits fit `chunk_bytes`; no end to them where the states are the logits."""
+        automatic = CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES
+        module = self.models[LIVE].head.module if LIVE in self.models else None
         if module is None:
-            return next(iter(batch.hidden.values())).shape[-1]
+            return 1 << 40
         weight = getattr(module, "weight", None)
-        return weight.shape[0] if weight is not None else 1 << 15
+        vocabulary = 1 << 15 if weight is None else weight.shape[0]
+        return max(1, (automatic if self.chunk_bytes is None else self.chunk_bytes) // (4 * vocabulary))
 
     @contextlib.contextmanager
     def _dropout(self, source: str, counter: tuple[int, ...] | None):
