@@ -93,7 +93,7 @@ def test_the_automatic_size_keeps_a_small_vocabulary_in_one_chunk(monkeypatch):
     "positions, pieces", [(6, [1, 1, 2, 1]), (11, [2, 3]), (5, [1, 1, 1, 2]), (4, [5]), (100, [5])]
 )
 def test_additive_losses_take_rows_by_the_chunk(positions, pieces):
-    """Logits of whole rows that fit a chunk are computed once; where the longest row does not fit, all are one piece."""
+    """Logits of whole rows that fit a chunk are computed once; if the longest does not fit, all are one piece."""
     rows = text_rows(5)
     policy, ref = Network(seed="policy"), Network(seed="ref")
     seen: list[int] = []
