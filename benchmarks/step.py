@@ -14,8 +14,7 @@ from benchmarks.measuring import PeakMemory, Row, in_process
 from benchmarks.models import build
 
 PROMPTS, GROUP, PROMPT, LENGTH, BETA = 16, 8, 12, 32, 0.04
-STEPS = 2  # of a turn; its first is not counted
-MODELS = (("1M", 64), ("10M", 32768))
+MODELS = (("1M", 64), ("1M", 32768))
 Way = Callable[[], list[float]]
 
 
@@ -32,7 +31,7 @@ def questions(vocabulary: int) -> list[dict[str, str]]:
 
 
 def keel_way(shape: str, vocabulary: int, **settings: Any) -> Way:
-    """Seconds of the counted steps of one turn."""
+    """Seconds of the step of one turn."""
     from keel.train.online import run
     from keel.train.session import build_session
     from keel.train.setup import prepare_setup
@@ -41,7 +40,7 @@ def keel_way(shape: str, vocabulary: int, **settings: Any) -> Way:
     model.eos_ids = ()
     asked = {
         "beta": BETA,
-        "max_steps": STEPS,
+        "max_steps": 1,
         "learning_rate": 1e-6,
         "rollout.num_prompts": PROMPTS,
         "rollout.num_generations": GROUP,
@@ -49,7 +48,6 @@ def keel_way(shape: str, vocabulary: int, **settings: Any) -> Way:
         **settings,
     }
     model.autocast = torch.bfloat16 if asked.pop("model.autocast", None) else None
-    model.gradient_checkpointing = bool(asked.pop("model.gradient_checkpointing", False))
     setup = prepare_setup(
         "grpo", model, None, None, questions(vocabulary), reward, seed=0, name=None, config=None, settings=asked
     )
@@ -57,7 +55,7 @@ def keel_way(shape: str, vocabulary: int, **settings: Any) -> Way:
     def way() -> list[float]:
         session = build_session(setup.config, setup.task, model, setup.rewards)
         run(session)
-        return [metrics["step_time"] for metrics in session.metrics[1:]]
+        return [metrics["step_time"] for metrics in session.metrics]
 
     return way
 
@@ -91,7 +89,7 @@ def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
         generation_kwargs={"min_new_tokens": LENGTH},
         beta=BETA,
         learning_rate=1e-6,
-        max_steps=STEPS,
+        max_steps=1,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
@@ -114,7 +112,7 @@ def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
         clock.spent.clear()
         trainer.state = TrainerState()
         trainer.train()
-        return clock.spent[1:]
+        return list(clock.spent)
 
     way.folder = folder  # type: ignore[attr-defined]  # lives as long as the trainer
     return way
@@ -123,7 +121,7 @@ def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
 WAYS: dict[str, tuple[Callable[..., Way], dict[str, Any]]] = {
     "default": (keel_way, {}),
     "model.autocast=bfloat16": (keel_way, {"model.autocast": "bfloat16"}),
-    "model.gradient_checkpointing=true": (keel_way, {"model.gradient_checkpointing": True}),
+    "train.max_tokens=1024": (keel_way, {"train.max_tokens": 1024}),
     "TRL at its defaults": (trl_way, {}),
     "TRL in fp32": (trl_way, {"bf16": False, "gradient_checkpointing": False}),
 }
@@ -141,7 +139,7 @@ def measure(shape: str, vocabulary: int, repeats: int, threads: int) -> Iterator
     """One model."""
     command = f"python -m benchmarks step --shape {shape} --vocabulary {vocabulary}"
     work = f"GRPO step, {PROMPTS} x {GROUP}, {LENGTH} tokens, beta {BETA}, {shape} parameters, vocabulary {vocabulary}"
-    timed = [name for name in WAYS if "checkpointing" not in name]
+    timed = [name for name in WAYS if name != "train.max_tokens=1024"]
     ways = {name: WAYS[name][0](shape, vocabulary, **WAYS[name][1]) for name in timed}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
@@ -158,7 +156,7 @@ def measure(shape: str, vocabulary: int, repeats: int, threads: int) -> Iterator
         ratio = spent[peer] / spent[ours]
         yield Row(title, ours, spent[ours], spent[peer], "ms", ratio, goal, ACCURACY[ours], command)
     code = "from benchmarks.step import memory; memory({!r}, {!r}, {})"
-    asked = ("default", "model.gradient_checkpointing=true", "TRL at its defaults")
+    asked = ("default", "train.max_tokens=1024", "TRL at its defaults")
     mega = {name: in_process(code.format(name, shape, vocabulary), threads)["extra"] / 2**20 for name in asked}
     theirs = mega[asked[-1]]
     for ours in asked[:2]:

@@ -42,7 +42,8 @@ def estimate(setup: Any) -> dict[str, Any]:
     width = next(p.element_size() for p in policy.module.parameters())
     copies = sum(1 for name in method.models if not policy.adapted)
     hidden = policy.config.hidden_size * getattr(policy.config, "num_hidden_layers", 1)
-    activations = config.train.max_tokens * hidden * 34 * width + 4 * (config.train.chunk_megabytes or 64) * 2**20
+    engine = session.engine
+    activations = engine.max_tokens * hidden * 34 * width + 4 * engine.chunk_bytes_on(policy.device)
     memory = width * (total * (1 + copies) + 3 * trained) + activations
     return {
         "parameters": total,

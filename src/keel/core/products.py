@@ -2,7 +2,8 @@
 
 PyTorch hands fp32 products to BLAS, which on many processors leaves a third to a half of the speed unused. Allowed to
 take reduced precision, it hands them to oneDNN; where the processor has no unit that computes in reduced precision
-(AMX, say), oneDNN computes in fp32 all the same, only faster. Where it does round, nothing is changed.
+(AMX, say), oneDNN computes in fp32 all the same, only faster. Where it does round, nothing is changed. It is for large
+products alone: the blocks of fused attention are so small that they get slower.
 """
 
 import contextlib

@@ -162,7 +162,7 @@ def decode(
     texts = StopStrings.of(model, sampling.stop_strings)
     chooser = Chooser(model.head, sampling, prompts.row, limit)
 
-    with fast_products(prompts.ids.numel() > 1), model.mixed():
+    with model.mixed():
         states = stepper.prefill(prompts.ids, prompts.mask, limit)[prompts.index]
     stepper.expand(prompts.index)
     alive = torch.arange(rows, device=device)  # where the rows of the batch belong

@@ -29,6 +29,7 @@ from keel.statistics.workspace import Workspace
 
 LIVE = "policy"
 CHUNK_BYTES, CHUNK_BYTES_CPU = 64 << 20, 12 << 20
+WIDE = 1 << 20  # weights of a head from which on the faster products pay
 AGAIN = 0.6  # share of rows up to which it is cheaper to go forward again with these than backward with all
 Loss = Callable[[Rows, Stats], Tensor]
 
@@ -76,7 +77,6 @@ class Engine:
 
     # -- measuring -----------------------------------------------------------------------------------------------
 
-    @fast_products()
     @torch.no_grad()
     def measure(self, functionals: Sequence[Functional], rows: Rows, alias: dict[str, str] | None = None) -> Stats:
         """Numbers without gradient, [B, T, *F]; `alias` reads one model under another's name ("old" for "policy").
@@ -89,14 +89,14 @@ class Engine:
         out, workspace = _Collector(rows), Workspace()
         for index in self.split(rows):
             batch = self._forward(rows, index, functionals, grad=False, alias=alias or {})
-            for start, stop in self._chunks(batch, functionals):
-                at = self._positions(batch, start, stop, alias or {}, workspace)
-                for functional in functionals:
-                    out.put(functional, batch, start, stop, functional(at))
-                at.close()
+            with fast_products(self._wide()):
+                for start, stop in self._chunks(batch, functionals):
+                    at = self._positions(batch, start, stop, alias or {}, workspace)
+                    for functional in functionals:
+                        out.put(functional, batch, start, stop, functional(at))
+                    at.close()
         return out.stats(functionals)
 
-    @fast_products()
     def step(
         self,
         functionals: Sequence[Functional],
@@ -141,7 +141,7 @@ class Engine:
         self, functionals: Sequence[Functional], rows: Rows, passes: list[Pass], workspace: Workspace | None = None
     ) -> Stats:
         out, workspace = _Collector(rows), workspace or Workspace()
-        with torch.no_grad():
+        with torch.no_grad(), fast_products(self._wide()):
             for batch in passes:
                 chunks = list(self._chunks(batch, functionals))
                 for start, stop in chunks:
@@ -220,10 +220,11 @@ class Engine:
         self, batch: Pass, grads: dict[Functional, Tensor], upstream: dict[str, Tensor], workspace: Workspace
     ) -> None:
         """Gradients of the states, chunk by chunk."""
-        for start, stop in self._chunks(batch, list(grads)):
-            at = batch.kept[0] if batch.kept else self._positions(batch, start, stop, {}, workspace)
-            self._backward_chunk(batch, at, grads, start, stop, upstream)
-            at.close()
+        with fast_products(self._wide()):
+            for start, stop in self._chunks(batch, list(grads)):
+                at = batch.kept[0] if batch.kept else self._positions(batch, start, stop, {}, workspace)
+                self._backward_chunk(batch, at, grads, start, stop, upstream)
+                at.close()
         batch.kept.clear()
 
     def _through_bodies(self, rows: Rows, batch: Pass, functionals, upstream: dict[str, Tensor], counter) -> None:
@@ -365,13 +366,22 @@ class Engine:
 
     def _chunk_size(self, device: torch.device) -> int:
         """Positions whose logits fit `chunk_bytes`; no end to them where the states are the logits."""
-        automatic = CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES
         module = self.models[LIVE].head.module if LIVE in self.models else None
         if module is None:
             return 1 << 40
         weight = getattr(module, "weight", None)
         vocabulary = 1 << 15 if weight is None else weight.shape[0]
-        return max(1, (automatic if self.chunk_bytes is None else self.chunk_bytes) // (4 * vocabulary))
+        return max(1, self.chunk_bytes_on(device) // (4 * vocabulary))
+
+    def chunk_bytes_on(self, device: torch.device) -> int:
+        """Memory for one copy of a chunk's logits."""
+        automatic = CHUNK_BYTES_CPU if device.type == "cpu" else CHUNK_BYTES
+        return automatic if self.chunk_bytes is None else self.chunk_bytes
+
+    def _wide(self) -> bool:
+        """Whether the head is large."""
+        weight = getattr(self.models[LIVE].head.module, "weight", None) if LIVE in self.models else None
+        return weight is not None and weight.numel() >= WIDE
 
     @contextlib.contextmanager
     def _dropout(self, source: str, counter: tuple[int, ...] | None):

@@ -230,7 +230,7 @@ def _measure(session: Session, setup: Setup, phase: str, report: Reporter) -> Ev
         seed=counter_seed(config.seed, "evaluate"),
         reference=session.policy if phase == "before" else reference,
         generator=config.train.generator,
-        max_tokens=config.train.max_tokens,
+        max_tokens=session.engine.max_tokens,
         progress=progress,
     )
     assert session.store is not None and session.run_id is not None

@@ -24,7 +24,7 @@ from keel.tasks.task import RewardFunction, Task
 from keel.train.configuration import Configuration
 from keel.train.encode import Encoder
 from keel.train.optimiser import Optimiser
-from keel.train.settings import TaskSettings
+from keel.train.settings import TaskSettings, micro_batch_tokens
 
 Reporter = Callable[[str, Mapping[str, Any]], None]
 TRUSTED = ("countdown",)  # verifiers of Keel's own that cannot hang run in the process itself
@@ -134,7 +134,7 @@ def build_session(
         models,
         heads,
         temperature=1.0 if rollout is None else rollout.temperature,
-        max_tokens=train.max_tokens,
+        max_tokens=micro_batch_tokens(train, method.additive, policy.device.type == "cpu"),
         chunk_bytes=None if train.chunk_megabytes is None else int(train.chunk_megabytes * 2**20),
         dropout=train.dropout,
     )
