@@ -1,13 +1,13 @@
 """`make bench`: Keel and its peer on the same work, in turns; medians, ratios, and the page docs/benchmarks.md."""
 
 import argparse
-import logging
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 
 import torch
+from transformers.utils import logging
 
 from benchmarks import head, page, sampling, start, step
 from benchmarks.measuring import Row, as_json
@@ -50,7 +50,8 @@ def main() -> None:
         parser.error("--write needs all rows")
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", module="trl|transformers|torch")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     begun, found = time.monotonic(), []
     print(f"{'ratio':>9} {'':17} {'Keel':>13} {'peer':>12}")
     for row in rows(arguments):

@@ -1,5 +1,7 @@
 """One GRPO step, from prompts to updated weights, against TRL's `GRPOTrainer`."""
 
+import contextlib
+import io
 import json
 import statistics
 import tempfile
@@ -111,7 +113,8 @@ def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
     def way() -> list[float]:
         clock.spent.clear()
         trainer.state = TrainerState()
-        trainer.train()
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
         return list(clock.spent)
 
     way.folder = folder  # type: ignore[attr-defined]  # lives as long as the trainer

@@ -78,7 +78,7 @@ class TrainSettings(Section):
         max_tokens: tokens of a micro-batch, padding included; None takes 16384, and on a CPU, where small ones are
             faster, 2048, unless the method has a part that would have to go forward twice.
         max_length: tokens of prompt and completion at most, for data from files; None is the model's context.
-        chunk_megabytes: memory for one copy of the logits; None takes what is fast: 12 on a CPU, 64 on an accelerator.
+        chunk_megabytes: memory for one copy of the logits; None takes what is fast: 10 on a CPU, 64 on an accelerator.
         dropout: train with the model's dropout.
         dynamic_sampling: replace tied groups by new prompts.
         max_rounds: rollouts at most for one batch.

@@ -1,0 +1,67 @@
+"""The benchmarks compare equal work, and write what they found. Nothing here looks at a clock."""
+
+import sys
+
+import pytest
+import torch
+from benchmarks import head, page
+from benchmarks.measuring import PeakMemory, Row, alternate, in_process
+from benchmarks.models import build
+from benchmarks.sampling import gap
+
+from keel.rollouts.local import LocalGenerator
+from keel.rollouts.sampling import Sampling
+
+ROW = Row("adding", "default", 1234.5, 2469.0, "ms", 2.0, 1.5, "exact", "python -m benchmarks head")
+
+
+def test_both_ways_through_the_head_do_the_same():
+    policy, ref, rows = head.problem(4, 6, 64)
+    found = []
+    for way in head.WAYS.values():
+        value = way(policy, ref, rows)()
+        found.append((value, policy.states.grad.clone(), policy.output.weight.grad.clone()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
+    assert float(found[0][1].abs().max()) > 1e-4
+
+
+def test_the_gap_is_that_of_the_log_probabilities():
+    model = build("1M", 64)
+    rows = LocalGenerator(model).generate([[5, 6], [7]], 2, Sampling(max_completion_length=6), seed=0)
+    assert gap(model, rows) < 1e-5
+    shifted = rows.with_(logp={"behaviour": rows.logp["behaviour"] - 0.5})
+    assert gap(model, shifted) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_ways_are_measured_in_turn_and_the_first_turn_is_not_counted():
+    calls: list[str] = []
+    spent = alternate([lambda: calls.append("a"), lambda: calls.append("b")], 3)
+    assert calls == ["a", "b"] * 4 and [len(found) for found in spent] == [3, 3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_is_seen_after_the_memory_is_gone():
+    with PeakMemory() as peak:
+        torch.ones(64 << 18)  # 64 MiB
+    assert 60 << 20 < peak.extra < 200 << 20
+
+
+def test_a_measured_process_that_fails_says_why():
+    assert in_process("print('noise'); print('{\"x\": 3}')", 1) == {"x": 3}
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        in_process("1 / 0", 1)
+
+
+def test_the_page_keeps_its_prose(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "version", lambda name: "1.0")
+    target = tmp_path / "page.md"
+    target.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    for _ in range(2):  # again over what was written
+        page.write([ROW], 2, 5, target)
+    text = target.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| adding | default | 1,234 ms | 2,469 ms | **2.00** | 1.5 | exact |") == 1
+    assert "| not measured |" in text
+    target.write_text("nothing")
+    with pytest.raises(ValueError, match="measured: begin"):
+        page.write([ROW], 2, 5, target)
