@@ -80,7 +80,7 @@ def test_gradients_are_added_to_those_that_are_there():
 
 
 def test_the_automatic_size_keeps_a_small_vocabulary_in_one_chunk(monkeypatch):
-    """64 tokens: 49152 positions on a CPU. With a vocabulary of 2^13, 64 positions are a sixth of a chunk."""
+    """64 tokens: 40960 positions on a CPU. With a vocabulary of 2^13, 64 positions are a fifth of a chunk."""
     engine = Engine({"policy": Table("policy", torch.float32)})
     batch = engine._forward(rows(), torch.arange(ROWS), [LogProb()], grad=False)
     assert list(engine._chunks(batch, [LogProb()])) == [(0, 64)]
