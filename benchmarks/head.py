@@ -100,8 +100,8 @@ def measure(length: int, repeats: int, threads: int) -> Iterator[Row]:
     apart = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients, strict=True))
     spent = medians([theirs, ours], repeats, warm=0)
     shape = f"{TOKENS // length} x {length} tokens, d {DIM}, vocabulary {VOCABULARY}"
-    work = f"log-probability + entropy + KL of the vocabulary, {shape}"
-    accuracy = f"gradients equal to {apart:.0e}"
+    work = f"log p, entropy and KL of the vocabulary, {shape}"
+    accuracy = f"gradients to {apart:.0e}"
     ratio = spent[0] / spent[1]
     yield Row(f"{work}: time", "default", 1e3 * spent[1], 1e3 * spent[0], "ms", ratio, 2.0, accuracy, COMMAND)
     code = "from benchmarks.head import memory; memory({!r}, {})"

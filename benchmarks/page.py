@@ -10,6 +10,7 @@ from benchmarks.measuring import ROOT, Row
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+PREFIX = "python -m benchmarks "
 ON_GPU = (
     "sampling against `generate`",
     "GRPO step against TRL",
@@ -37,16 +38,27 @@ def measured(rows: Sequence[Row], threads: int, repeats: int) -> str:
         f"Measured on {processor()}, {os.cpu_count()} cores, {threads} threads;",
         f"Python {platform.python_version()}, {versions}.",
         f"Medians of {repeats} turns, in which Keel and the peer took part one after the other.",
+        f"Each command follows `{PREFIX.strip()}`.",
         "",
-        "| same work, same weights | setting of Keel | Keel | peer | ratio | to reach | accuracy | command |",
+        "| same work, same weights | setting | Keel | peer | ratio | to reach | accuracy | command |",
         "|---|---|--:|--:|--:|--:|---|---|",
     ]
     for row in rows:
         goal = "" if row.goal is None else f"{row.goal:g}"
         ratio = f"**{row.ratio:.2f}**" if row.goal is not None and row.ratio >= row.goal else f"{row.ratio:.2f}"
-        shown = [f"{number:,.{0 if number >= 100 else 1}f} {row.unit}" for number in (row.ours, row.theirs)]
+        unit = row.unit.replace("tokens/s", "/s")
+        shown = [f"{number:,.{0 if number >= 100 else 1}f} {unit}" for number in (row.ours, row.theirs)]
         setting = row.setting if row.setting == "default" else f"`{row.setting}`"
-        cells = [row.work, setting, *shown, ratio, goal, row.accuracy, f"`{row.command}`"]
+        command = f"`{row.command.removeprefix(PREFIX)}`"
+        cells = [
+            row.work,
+            setting,
+            *(text.replace(" ", "\u00a0") for text in shown),
+            ratio,
+            goal,
+            row.accuracy,
+            command,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| on a GPU | |", "|---|---|", *(f"| {work} | not measured |" for work in ON_GPU), ""]
     return "\n".join(lines)

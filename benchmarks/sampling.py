@@ -61,14 +61,14 @@ def measure(shape: str, vocabulary: int, batch: int, length: int, repeats: int, 
     tokens = batch * length
     for (setting, way), seconds in zip(ours.items(), spent, strict=True):
         yield Row(
-            work=f"sampling, {shape} parameters, vocabulary {vocabulary}, batch {batch}",
+            work=f"sampling (tokens), {shape} parameters, vocabulary {vocabulary}, batch {batch}",
             setting=setting,
             ours=tokens / seconds,
             theirs=tokens / theirs,
             unit="tokens/s",
             ratio=theirs / seconds,
             goal=goal,
-            accuracy=f"log-probabilities off by {gap(model, way()):.0e} on average",
+            accuracy=f"log p to {gap(model, way()):.0e}",
             command=f"python -m benchmarks sampling --shape {shape} --vocabulary {vocabulary} --batch {batch}",
         )
 

@@ -128,7 +128,7 @@ WAYS: dict[str, tuple[Callable[..., Way], dict[str, Any]]] = {
     "TRL at its defaults": (trl_way, {}),
     "TRL in fp32": (trl_way, {"bf16": False, "gradient_checkpointing": False}),
 }
-ACCURACY = {"default": "fp32", "model.autocast=bfloat16": "bf16 products, as in TRL's default"}
+ACCURACY = {"default": "fp32", "model.autocast=bfloat16": "bf16 products, as TRL's default"}
 
 
 def rows(shape: str | None = None, vocabulary: int | None = None, repeats: int = 5, threads: int = 2) -> Iterator[Row]:

@@ -60,7 +60,7 @@ def test_the_page_keeps_its_prose(tmp_path, monkeypatch):
         page.write([ROW], 2, 5, target)
     text = target.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert text.count("| adding | default | 1,234 ms | 2,469 ms | **2.00** | 1.5 | exact |") == 1
+    assert text.count("| adding | default | 1,234\u00a0ms | 2,469\u00a0ms | **2.00** | 1.5 | exact | `head` |") == 1
     assert "| not measured |" in text
     target.write_text("nothing")
     with pytest.raises(ValueError, match="measured: begin"):
