@@ -20,7 +20,7 @@ setup = prepare_setup("grpo", {folder!r}, None, None, [{{"prompt": "1+1="}}] * 8
     settings={{"beta": 0.04, "max_completion_length": 8}})
 assert "transformers" not in sys.modules, "before there is a model to read"
 session = build_session(setup.config, setup.task, load({folder!r}), setup.rewards)
-assert session.policy.module is not None
+assert sorted(session.engine.models) == ["policy", "ref"], "what a KL penalty needs stands ready"
 """
 COMMAND = """
 import sys
