@@ -7,7 +7,8 @@ from tests.rollouts.architectures import model
 
 from keel.core.choice import generator
 from keel.core.policy import Head
-from keel.rollouts.decoding import BLOCK, Chooser, Prompts, StopStrings, draw, survivors
+from keel.core.drawing import BLOCK, draw
+from keel.rollouts.decoding import Chooser, Prompts, StopStrings, survivors
 from keel.rollouts.sampling import Sampling
 
 

@@ -14,15 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keel.core.choice import counter_seed, row_ids, uniforms
+from keel.core.drawing import draw
 from keel.core.errors import UserError
 from keel.core.policy import Head
 from keel.core.products import fast_products, worth
 from keel.core.rows import Rows, Stop
 from keel.models.language import LanguageModel
 from keel.rollouts.sampling import Sampling
-
-BLOCK = 256  # tokens of a block in the two-level search for a token
-BELOW = 1 - 2**-52  # of a total: rounding never leads past the last entry with weight
 
 
 class Stepper(Protocol):
@@ -251,39 +249,6 @@ class Chooser:
             row = self.row.repeat(len(span))
             self.numbers = uniforms(row, span.repeat_interleave(len(self.row))).view(len(span), -1)
         return self.numbers[place]
-
-
-def draw(probs: Float[Tensor, "n V"], uniform: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
-    """The first token whose cumulative probability exceeds the uniform's share; never one of probability 0.
-
-    Running sums are taken in fp64. A large vocabulary is searched in two levels, blocks first, because a running sum
-    over all of it costs more than everything else.
-    """
-    rows, vocabulary = probs.shape
-    if vocabulary <= 4 * BLOCK:
-        return _search(probs.double(), uniform)[0][:, 0]
-    blocks = -(-vocabulary // BLOCK)
-    if vocabulary % BLOCK:
-        probs = torch.nn.functional.pad(probs, (0, blocks * BLOCK - vocabulary))
-    grid = probs.view(rows, blocks, BLOCK)
-    weight = grid.sum(-1).double()
-    block, goal, sums = _search(weight, uniform)
-    size = weight.gather(-1, block)
-    rest = (1 - (sums.gather(-1, block) - goal) / size).clamp(0, 1)[:, 0]  # of the block, below the point
-    inside = grid.gather(1, block[:, :, None].expand(rows, 1, BLOCK))[:, 0]
-    return (block * BLOCK + _search(inside.double(), rest)[0])[:, 0]
-
-
-def _search(
-    weight: Float[Tensor, "n m"], share: Float[Tensor, "n"]
-) -> tuple[Int[Tensor, "n 1"], Float[Tensor, "n 1"], Float[Tensor, "n m"]]:
-    """The entry at which the running sum exceeds `share` of the total; the sum that was looked for, and all sums."""
-    sums = weight.cumsum(-1)
-    total = sums[:, -1:]
-    goal = torch.minimum(share[:, None] * total, total * BELOW)
-    # weights that are no numbers must not lead past the end; their log-probability says that they are none
-    place = torch.searchsorted(sums, goal, right=True).clamp_(max=sums.shape[-1] - 1)
-    return place, goal, sums
 
 
 def _pick(values: Float[Tensor, "n V"], token: Int[Tensor, "n"]) -> Float[Tensor, "n"]:

@@ -1,0 +1,88 @@
+"""Kernels: how the next token is proposed, where the probabilities of all next tokens are at hand."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keel.core.chain import Chain, Prefix, TokenChain
+from keel.core.chance import Choice
+from keel.core.errors import UserError
+from keel.core.registry import part
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """From states to the log-probabilities of the next token that are really drawn from."""
+
+    def log_q(self, chain: TokenChain, x: Prefix, rng: Choice, beta: float) -> Float[Tensor, "B V"]:
+        """Log-probabilities, unnormalised; a finished state goes on as log p_0 says.
+
+        Args:
+            chain: holds log p_0 and the values.
+            x: where.
+            rng: for values that need randomness.
+            beta: of the sampler.
+        """
+        ...
+
+
+@part("twisted")
+@dataclass(frozen=True)
+class Twisted:
+    """q = p_0 exp(V_hat / beta) over the k likeliest tokens, the others with the mean value of those (or not at all).
+
+    With the exact value and all tokens it is p* itself.
+
+    Args:
+        k: tokens whose value is asked for; None takes all.
+
+    Source: twisted sequential Monte Carlo; the kernel of value-augmented sampling.
+    """
+
+    k: int | None = None
+
+    def log_q(self, chain: TokenChain, x: Prefix, rng: Choice, beta: float) -> Float[Tensor, "B V"]:
+        """See `Kernel`."""
+        log_p = chain.log_probs(x)
+        tokens, values = successor_values(chain, x, self.k, rng)
+        gain = values / beta
+        if tokens.shape[1] < log_p.shape[1]:
+            gain = gain - gain.mean(1, keepdim=True)  # the tokens not asked for have the mean value
+        raised = log_p + torch.zeros_like(log_p, dtype=gain.dtype).scatter(1, tokens, gain)
+        return torch.where(x.done[:, None], log_p.to(raised), raised)
+
+
+def successor_values(
+    chain: TokenChain, x: Prefix, k: int | None, rng: Choice
+) -> tuple[Tensor, Float[Tensor, "B k"]]:
+    """The k likeliest next tokens and the value of the state after each; those of finished states are 0."""
+    tokens, log_p = chain.successors(x, k)
+    width = tokens.shape[1]
+    repeated = chain.select(x, torch.arange(len(x), device=tokens.device).repeat_interleave(width))
+    after = chain.extend(repeated, tokens.flatten())
+    possible = (log_p.flatten() > -torch.inf) & ~repeated.done
+    chain.meter.add("scored", possible.long())
+    return tokens, chain.value(after, rng, possible).view(len(x), width)
+
+
+def propose(
+    chain: Chain, x: Prefix, rng: Choice, kernel: Kernel | None, beta: float
+) -> tuple[Tensor, Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """One action of each state, its log p_0 and its log q.
+
+    Raises:
+        UserError: a kernel needs the probabilities of all next tokens, and the chain has none.
+    """
+    if kernel is None:
+        action, log_p = chain.propose(x, 1, rng)
+        return action, log_p[:, 0], log_p[:, 0]
+    if not isinstance(chain, TokenChain):
+        raise UserError(
+            "proposes single tokens, but this chain goes by steps", type(kernel).__name__.lower(), "Step by token."
+        )
+    log_q = kernel.log_q(chain, x, rng, beta).log_softmax(-1)
+    action, log_p = chain.propose(x, 1, rng, log_q=log_q)
+    return action, log_p[:, 0], log_q.gather(1, action[:, None])[:, 0]

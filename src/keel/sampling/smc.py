@@ -1,0 +1,178 @@
+"""Sequential Monte Carlo: N partial samples share a budget; the good ones take over the slots of the bad ones.
+
+    x_t ~ q(. | x_{t-1}),   g = log p_0(x_t | x_{t-1}) - log q(x_t | x_{t-1}) + log psi_t(x_t) - log psi_{t-1}(x_{t-1})
+    c = lse(log W + g),   log Z += c,   log W <- log W + g - c,   ESS = exp(-lse(2 log W))
+    ESS < tau N and not finished:   a ~ resample(W),   x <- x[a],   W <- 1 / N
+
+with psi_0 = 1 and psi_K = exp(r / beta): E[exp(log Z)] = Z and E[exp(log Z) f(pick)] / Z = E_p*[f] for every N, every
+psi > 0 and every scheme of resampling.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from keel.core.chain import Chain, Prefix
+from keel.core.chance import Choice
+from keel.core.registry import part
+from keel.sampling.kernels import Kernel, propose
+from keel.sampling.particles import Particles, Step, effective_size, log_z_error, normalised, spent
+from keel.sampling.resampling import Scheme, resample
+from keel.sampling.settings import positive
+
+
+@dataclass
+class Swarm:
+    """Particles on their way.
+
+    Args:
+        x: states, P N of them.
+        log_w: normalised log-weights, shape [P, N].
+        log_psi: log potential of each state, shape [P, N].
+        log_z: shape [P].
+        eve: the first ancestor of each particle, shape [P, N].
+        generations: times that each prompt was resampled, shape [P].
+        trace: the rounds so far.
+    """
+
+    x: Prefix
+    log_w: Float[Tensor, "P N"]
+    log_psi: Float[Tensor, "P N"]
+    log_z: Float[Tensor, "P"]
+    eve: Int[Tensor, "P N"]
+    generations: Int[Tensor, "P"]
+    trace: list[Step]
+
+    @staticmethod
+    def start(chain: Chain, count: int) -> "Swarm":
+        """N equal particles at the start of each prompt; psi_0 = 1."""
+        x = chain.init(count)
+        shape = chain.prompts, count
+        even = torch.full(shape, -math.log(count), dtype=torch.float64, device=x.length.device)
+        index = torch.arange(count, device=x.length.device).expand(shape)
+        zeros = torch.zeros(chain.prompts, dtype=torch.long, device=x.length.device)
+        return Swarm(x, even, torch.zeros_like(even), torch.zeros_like(even[:, 0]), index, zeros, [])
+
+    def weigh(self, gain: Float[Tensor, "P N"]) -> None:
+        """Multiply the weights by exp(gain)."""
+        self.log_w, total = normalised(self.log_w + gain)
+        self.log_z = self.log_z + total
+
+    def descend(self, chain: Chain, ancestors: Int[Tensor, "P N"], changed: Bool[Tensor, "P"]) -> None:
+        """Go on with these ancestors; the weights are the caller's affair. Prompts not `changed` stay as they are."""
+        prompts, count = ancestors.shape
+        flat = (ancestors + torch.arange(prompts, device=ancestors.device)[:, None] * count).flatten()
+        self.x = chain.select(self.x, flat)
+        self.log_psi = self.log_psi.gather(1, ancestors)
+        self.eve = self.eve.gather(1, ancestors)
+        self.generations = self.generations + changed.long()
+
+
+@part("smc", paper=205)
+@dataclass(frozen=True)
+class SMC:
+    """Sequential Monte Carlo towards p_0 exp(r / beta); see the module.
+
+    Without a value the potential is 1 until the end, and nothing but the final weights tells particles apart. With the
+    exact value and its twisted kernel every weight is equal and any N is exact.
+
+    Args:
+        num_particles: N.
+        beta: of the tilt.
+        resampling: multinomial, stratified, systematic or residual.
+        ess_threshold: resample a prompt whose ESS is below this share of N; 1 resamples whenever weights differ, 0 never.
+        kernel: how tokens are proposed; the prior without it.
+        output: "draw" one by weight, or the "best" reward.
+        keep_trace: keep every round, for forests.
+
+    Raises:
+        ValueError: a setting out of its range.
+
+    Source: "A Probabilistic Inference Approach to Inference-Time Scaling of LLMs using Particle-Based Monte Carlo
+    Methods", 2025, with the potential as a ratio, so that the target is the tilt.
+    """
+
+    num_particles: int = 16
+    beta: float = 0.1
+    resampling: Scheme = "systematic"
+    ess_threshold: float = 0.5
+    kernel: Kernel | None = None
+    output: Literal["draw", "best"] = "draw"
+    keep_trace: bool = False
+
+    def __post_init__(self) -> None:
+        positive(self, "num_particles", "beta")
+
+    def __call__(self, chain: Chain, rng: Choice) -> Particles:
+        """Run it for all prompts of a chain."""
+        swarm = Swarm.start(chain, self.num_particles)
+        ancestors = torch.arange(self.num_particles, device=swarm.log_w.device).expand(swarm.log_w.shape)
+        while True:
+            advance(swarm, chain, rng, self.beta, self.kernel, ancestors if self.keep_trace else None)
+            if bool(chain.is_done(swarm.x).all()):
+                return finish(swarm, chain, rng, self.beta, self.output)
+            ancestors = self._resample(swarm, chain, rng)
+
+    def _resample(self, swarm: Swarm, chain: Chain, rng: Choice) -> Int[Tensor, "P N"]:
+        running = ~chain.is_done(swarm.x).view(swarm.log_w.shape).all(1)
+        low = (effective_size(swarm.log_w) < self.ess_threshold * self.num_particles * (1 - 1e-9)) & running
+        stay = torch.arange(self.num_particles, device=low.device).expand(swarm.log_w.shape)
+        if not bool(low.any()):
+            return stay
+        even = torch.full_like(swarm.log_w, -math.log(self.num_particles))
+        drawn = resample(torch.where(low[:, None], swarm.log_w, even), self.resampling, rng)
+        ancestors = torch.where(low[:, None], drawn, stay)
+        swarm.descend(chain, ancestors, low)
+        swarm.log_w = torch.where(low[:, None], even, swarm.log_w)
+        return ancestors
+
+
+def advance(
+    swarm: Swarm,
+    chain: Chain,
+    rng: Choice,
+    beta: float,
+    kernel: Kernel | None,
+    ancestors: Int[Tensor, "P N"] | None = None,
+) -> None:
+    """One round: propose, extend, weigh with g. With `ancestors`, the round is kept in the trace."""
+    shape = swarm.log_w.shape
+    start, before = swarm.x.length, chain.is_done(swarm.x)
+    action, log_p, log_q = propose(chain, swarm.x, rng, kernel, beta)
+    swarm.x = chain.extend(swarm.x, action)
+    log_psi = torch.where(before, swarm.log_psi.flatten(), chain.value(swarm.x, rng, ~before) / beta).view(shape)
+    swarm.weigh((log_p - log_q).view(shape) + log_psi - swarm.log_psi)
+    swarm.log_psi = log_psi
+    if ancestors is not None:
+        bare = replace(swarm.x, memory=None)
+        swarm.trace.append(Step(ancestors, start.view(shape), bare, log_q.view(shape), swarm.log_w))
+
+
+def finish(
+    swarm: Swarm, chain: Chain, rng: Choice, beta: float, output: str, **details: Float[Tensor, "P"]
+) -> Particles:
+    """The result of a swarm in which all are done."""
+    reward = swarm.log_psi * beta
+    pick = rng.categorical(swarm.log_w, "pick") if output == "draw" else best(reward, swarm.log_w)
+    return Particles(
+        states=replace(swarm.x, memory=None),
+        log_w=swarm.log_w,
+        reward=reward,
+        pick=pick,
+        log_z=swarm.log_z,
+        log_z_error=log_z_error(swarm.log_w, swarm.eve, swarm.generations),
+        kl=spent(swarm.log_w, swarm.log_psi, swarm.log_z),
+        meter=chain.meter,
+        kl_is_bound=True,
+        trace=tuple(swarm.trace),
+        details={"resampled": swarm.generations.double(), **details},
+    )
+
+
+def best(reward: Float[Tensor, "P N"], log_w: Float[Tensor, "P N"]) -> Int[Tensor, "P"]:
+    """The particle of the highest reward among those with weight; the first of equals."""
+    return reward.masked_fill(log_w == -math.inf, -math.inf).argmax(1)
