@@ -6,8 +6,8 @@ from scipy.stats import chisquare
 from tests.rollouts.architectures import model
 
 from keel.core.choice import generator
-from keel.core.policy import Head
 from keel.core.drawing import BLOCK, draw
+from keel.core.policy import Head
 from keel.rollouts.decoding import Chooser, Prompts, StopStrings, survivors
 from keel.rollouts.sampling import Sampling
 

@@ -52,7 +52,7 @@ class Meter:
 
 @runtime_checkable
 class Chain(Protocol[X]):
-    """What every sampler needs; see the module. `extend` may use up its state: select a copy of what is needed again."""
+    """What every sampler needs; see the module. `extend` may use up its state: select a copy of what is needed later."""
 
     prompts: int
     horizon: int
@@ -263,7 +263,9 @@ class TokenChain(ABC):
         tokens, length, prompt = x.tokens.tolist(), x.length.tolist(), x.prompt.tolist()
         return [(p, *row[:n]) for p, row, n in zip(prompt, tokens, length, strict=True)]
 
-    def _of(self, judge: Callable[[Prefix], Float[Tensor, "n"]] | None, x: Prefix, wanted: Bool[Tensor, "B"]) -> Float[Tensor, "B"]:
+    def _of(
+        self, judge: Callable[[Prefix], Float[Tensor, "n"]] | None, x: Prefix, wanted: Bool[Tensor, "B"]
+    ) -> Float[Tensor, "B"]:
         found = torch.zeros(len(x), dtype=torch.float64, device=self.device)
         if judge is None or not bool(wanted.any()):
             return found

@@ -6,8 +6,9 @@
 On CPUs batched products and a softmax are faster for one query than the fused attention kernel.
 """
 
+import copy
 import math
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,10 @@ class Cache(Protocol):
 
     def keep(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], rows: int, length: int) -> None:
         """Copy some rows to other places, and go on with the first ones."""
+        ...
+
+    def fork(self, index: Int[Tensor, "m"], shared: "Shared", length: int) -> Self:
+        """A copy of these rows, any of them several times, that lives beside this one."""
         ...
 
 
@@ -90,6 +95,10 @@ class Shared:
     def keep(self, index: Int[Tensor, "m"]) -> None:
         """Go on with these rows."""
         self.index, self.slot, self.full = self.index[index], self.slot[index], False
+
+    def fork(self, index: Int[Tensor, "m"]) -> "Shared":
+        """These rows, any of them several times."""
+        return Shared.of(self.index[index], self.prompts, self.hidden)
 
     def bias(self) -> Float[Tensor, "N P"] | None:
         """-inf where a prompt is padded."""
@@ -151,6 +160,17 @@ class Buffers:
         for buffer in (self.keys, self.values):
             buffer[target, :, :columns] = buffer[source, :, :columns]
         self.see(self.keys[:rows], self.values[:rows])
+
+    def fork(self, index: Int[Tensor, "m"], columns: int) -> "Buffers":
+        """A copy of these rows with what stands in the first columns."""
+        other = copy.copy(self)
+        pair = []
+        for buffer in (self.keys, self.values):
+            new = buffer.new_empty(len(index), *buffer.shape[1:])
+            new[:, :, :columns] = buffer[:, :, :columns].index_select(0, index)
+            pair.append(new)
+        other.see(*pair)
+        return other
 
     def _grown(self, old: Tensor) -> Tensor:
         columns = min(self.limit, old.shape[2] + max(CHUNK, old.shape[2] // 2))
@@ -214,6 +234,12 @@ class RowCache:
         """See `Cache`."""
         self.buffers.keep(source, target, rows, self.width + length)
 
+    def fork(self, index: Int[Tensor, "m"], shared: Shared, length: int) -> Self:
+        """See `Cache`."""
+        other = copy.copy(self)
+        other.shared, other.buffers = shared, self.buffers.fork(index, max(self.width + length, self.least))
+        return other
+
 
 class SharedCache:
     """Keys and values of each prompt once, and a buffer for what follows: two products on either part, one softmax.
@@ -271,6 +297,12 @@ class SharedCache:
     def keep(self, source: Int[Tensor, "m"], target: Int[Tensor, "m"], rows: int, length: int) -> None:
         """See `Cache`."""
         self.buffers.keep(source, target, rows, length)
+
+    def fork(self, index: Int[Tensor, "m"], shared: Shared, length: int) -> Self:
+        """See `Cache`."""
+        other = copy.copy(self)
+        other.shared, other.buffers = shared, self.buffers.fork(index, max(length, self.least))
+        return other
 
 
 def softmax(scores: Float[Tensor, "*n S"]) -> Float[Tensor, "*n S"]:

@@ -7,7 +7,7 @@ leave the batch, so that neither the order of rows nor their neighbours matter.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,6 +40,10 @@ class Stepper(Protocol):
 
     def keep(self, index: Int[Tensor, "m"]) -> None:
         """Go on with these rows only, in this order; the stepper may assume what `survivors` gives."""
+        ...
+
+    def fork(self, index: Int[Tensor, "m"]) -> Self:
+        """A copy that goes on with these rows, any of them several times; this one stays as it is."""
         ...
 
 

@@ -62,11 +62,15 @@ class LocalGenerator:
             parts = asked.parts(self.batch_rows)
             return cat([part.rows(self._draw(stepper, part, sampling), self.model.pad_id) for part in parts])
 
-    def stepper(self, length: int) -> Stepper:
-        """What runs the model over sequences of at most `length` tokens."""
+    def stepper(self, length: int, workspace: Workspace | None = None) -> Stepper:
+        """What runs the model over sequences of at most `length` tokens.
+
+        Args:
+            workspace: its memory; the generator's own, which the next call overwrites, without it.
+        """
         if not DecoderStepper.serves(self.model, length):
             return CacheStepper(self.model)
-        stepper = DecoderStepper(self.model, self.workspace)
+        stepper = DecoderStepper(self.model, workspace or self.workspace)
         if self.agrees is None:
             self.agrees = _agrees(stepper, self.model)
             if not self.agrees:

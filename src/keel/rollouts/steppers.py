@@ -1,7 +1,9 @@
 """Steppers: how a model is run token by token over a key-value cache."""
 
 import contextlib
+import copy
 import inspect
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +59,13 @@ class CacheStepper:
         """See `Stepper`."""
         self.cache.batch_select_indices(index)
         self.mask, self.position = self.mask[index], self.position[index]
+
+    def fork(self, index: Int[Tensor, "m"]) -> Self:
+        """See `Stepper`."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        other.keep(index)
+        return other
 
     def _run(self, ids: Int[Tensor, "n W"], position: Int[Tensor, "n W"]) -> Float[Tensor, "n D"]:
         inputs = {"position_ids": position} if self.takes_positions else {}
@@ -133,6 +142,13 @@ class DecoderStepper:
             cache.keep(index[moved], moved, len(index), self.length)
         self.shared.keep(index)
         self.position = self.position[index]
+
+    def fork(self, index: Int[Tensor, "m"]) -> Self:
+        """See `Stepper`."""
+        other = copy.copy(self)
+        other.position, other.shared = self.position[index], self.shared.fork(index)
+        other.caches = [cache.fork(index, other.shared, self.length) for cache in self.caches]
+        return other
 
     def step(self, tokens: Int[Tensor, "n"]) -> Float[Tensor, "n D"]:
         """See `Stepper`."""
