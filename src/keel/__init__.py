@@ -9,7 +9,9 @@ __version__ = "0.1.0"
 
 _PACKAGES = ("train", "evaluate", "verify")  # packages that can be called
 _ENTRIES = {
-    "sample": "keel.train.entry",
+    "sample": "keel.train.samples",
+    "frontier": "keel.train.samples",
+    "fit_value": "keel.train.samples",
     "target": "keel.train.target",
     "from_trl": "keel.train.trl",
     "Method": "keel.method",

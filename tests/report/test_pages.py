@@ -293,8 +293,8 @@ def test_the_picture_is_plain_svg(tmp_path, arms):
 
 
 def test_a_point_of_the_picture_stands_where_it_should(arms):
-    from keel.report.picture import _BOTTOM, _LEFT, _TOP, _Panel
+    from keel.report.picture import _BOTTOM, _LEFT, _TOP, Panel
 
-    panel = _Panel(*_LEFT, (1.0, 16.0), (0.0, 1.0), math.log2)
+    panel = Panel(*_LEFT, (1.0, 16.0), (0.0, 1.0), math.log2)
     assert panel.x(4.0) == pytest.approx((_LEFT[0] + _LEFT[1]) / 2)
     assert panel.y(0.25) == pytest.approx(_BOTTOM - (_BOTTOM - _TOP) / 4)

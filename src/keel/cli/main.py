@@ -2,11 +2,30 @@
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from keel.cli.drawing import besides, commands, newlines, run_frontier
+from keel.cli.options import (
+    BesideModel,
+    BesidePrompt,
+    Beta,
+    Classes,
+    Data,
+    Json,
+    Model,
+    ModelArgument,
+    Reward,
+    Runs,
+    Seed,
+    Set,
+    Step,
+    Task,
+    ValueOf,
+    pairs,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -17,33 +36,7 @@ app = typer.Typer(
 )
 methods_app = typer.Typer(invoke_without_command=True, help="List the recipes, or show the composition of one.")
 app.add_typer(methods_app, name="methods")
-
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="A recipe argument (beta=0.04), or a path (train.learning_rate=1e-5, terms.kl.coef=0.1).",
-    ),
-]
-Model = Annotated[str | None, typer.Option("--model", help="tiny, a folder, a run's folder, or a hub name.")]
-Task = Annotated[str | None, typer.Option("--task", help="countdown, or the name of a reasoning-gym data set.")]
-Data = Annotated[str | None, typer.Option("--data", help="JSONL, Parquet, or a saved data set, in place of a task.")]
-Reward = Annotated[
-    list[str] | None,
-    typer.Option("--reward", metavar="MODULE:FUNCTION", help="Scores completions; may be given several times."),
-]
-Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Decides all randomness.")]
-
-
-class Classes(StrEnum):
-    """What counts as one answer: its canonical form, each completion by itself, or nothing is compared."""
-
-    answer = "answer"
-    completion = "completion"
-    none = "none"
+app.add_typer(commands)
 
 
 @app.command()
@@ -96,7 +89,7 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="tiny, a folder, a run's folder, or a hub name.")] = "tiny",
+    model: ModelArgument = "tiny",
     task: Task = None,
     data: Data = None,
     reward: Reward = None,
@@ -106,14 +99,45 @@ def evaluate(
     support: Annotated[
         Classes, typer.Option("--support", help="What counts as one of the correct answers kept, gained and lost.")
     ] = Classes.answer,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Samplers (`keel samplers`), for accuracy against tokens instead."),
+    ] = None,
+    num_particles: Annotated[
+        str, typer.Option("--num-particles", metavar="N,N,...", help="Budgets of each sampler.")
+    ] = "1,4,16",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each sampler.")] = 1,
+    beta: Beta = None,
+    value: ValueOf = None,
+    beside: BesideModel = None,
+    beside_prompt: BesidePrompt = None,
+    step: Step = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the plot of samplers as a page.")] = None,
     set_: Set = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on held-out prompts: pass@k, avg@k, maj@k, entropy, KL, support, with intervals."""
+    """Measure a model on held-out prompts: pass@k, avg@k, maj@k, entropy, KL, support, with intervals.
+
+    With --method, measure samplers on it: accuracy of their output against tokens.
+    """
     from keel.cli.show import print_evaluation, quiet_or_bars
     from keel.train.entry import evaluate as run_evaluation
 
+    if method:
+        options = {
+            "task": task,
+            "data": data,
+            "reward": tuple(reward) if reward else None,
+            "value": value,
+            "beside": besides(beside, beside_prompt),
+            "step": newlines(step),
+            "seed": seed or 0,
+            **({} if beta is None else {"beta": beta}),
+            **{key.removeprefix("evaluate."): setting for key, setting in pairs(set_).items()},
+        }
+        run_frontier(model, method, num_particles, seeds, html, options, as_json)
+        return
     settings = {key.removeprefix("evaluate."): value for key, value in pairs(set_).items()}
     classes: Any = None if support is Classes.none else support.value
     report = quiet_or_bars(as_json)
@@ -134,23 +158,33 @@ def evaluate(
 
 
 @app.command()
-def sample(
-    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
-    model: Model = "tiny",
-    num_generations: Annotated[int, typer.Option("-n", "--num-generations", min=1)] = 4,
+def serve(
+    model: ModelArgument = "tiny",
+    host: Annotated[str, typer.Option("--host", help="Where to listen; a loopback address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Listen where other machines can reach it; there are no keys.")
+    ] = False,
     task: Task = None,
-    set_: Set = None,
-    seed: Seed = 0,
-    as_json: Json = False,
 ) -> None:
-    """Print completions of prompts."""
-    from keel.cli.show import print_samples, quiet_or_bars
-    from keel.train.entry import sample as draw
+    """Serve a model through OpenAI's API on this machine, until Ctrl-C."""
+    from keel.cli.show import quiet_or_bars
+    from keel.serve.app import check_host, run_server
+    from keel.train.settings import TaskSettings
+    from keel.train.setup import open_model, open_task
 
-    found = draw(
-        model, prompt, num_generations, seed=seed or 0, task=task, report=quiet_or_bars(as_json), **pairs(set_)
+    check_host(host, allow_remote)
+    report = quiet_or_bars(False)
+    policy = open_model(model, open_task(TaskSettings(name=task), None, 0), None, None, report)
+    report("done", {})
+    run_server(
+        policy,
+        model,
+        host,
+        port,
+        allow_remote=allow_remote,
+        ready=lambda url: print(f"serving {model} at {url}; Ctrl-C ends it", flush=True),
     )
-    print_samples(found, as_json)
 
 
 @app.command()
@@ -327,27 +361,6 @@ def demo(
     from keel.cli.demo import run_demo
 
     run_demo(runs, seed, max_steps, control, as_json)
-
-
-def pairs(values: list[str] | None) -> dict[str, Any]:
-    """`--set` options as keys and YAML values.
-
-    Raises:
-        ConfigError: one without `=`, or one twice.
-    """
-    from keel.core.errors import ConfigError
-    from keel.train.configuration import parse_value
-
-    out: dict[str, Any] = {}
-    for item in values or []:
-        key, sign, text = item.partition("=")
-        key = key.strip()
-        if not sign or not key:
-            raise ConfigError("must be KEY=VALUE", f"--set {item}", "For example --set beta=0.04.")
-        if key in out:
-            raise ConfigError("is given twice", f"--set {key}")
-        out[key] = parse_value(text)
-    return out
 
 
 def main() -> None:

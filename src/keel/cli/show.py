@@ -1,7 +1,9 @@
 """What the commands print."""
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,87 @@ def print_samples(samples: list[Any], as_json: bool) -> None:
         return
     for s in samples:
         print(f"{s.log_prob:9.3f}  {s.stop:<11}  {s.prompt}{s.text}")
+
+
+def print_accounts(accounts: list[Any], as_json: bool) -> None:
+    """What a sampler drew for each prompt, heaviest first, and what it cost."""
+    if as_json:
+        print_json([_finite(asdict(account)) for account in accounts])
+        return
+    for account in accounts:
+        prompt = account.prompt if isinstance(account.prompt, str) else account.prompt[-1].get("content")
+        print(f"{prompt!r}")
+        same: dict[str, list[Any]] = {}
+        for c in account.completions:
+            same.setdefault(c.text, []).append(c)
+        for text, group in sorted(same.items(), key=lambda item: -sum(c.weight for c in item[1])):
+            weight, picked = sum(c.weight for c in group), any(c.picked for c in group)
+            times = f"x{len(group)}" if len(group) > 1 else ""
+            line = f"  {'>' if picked else ' '} {weight:6.3f} {times:<4} reward {group[0].reward:<7.4g}"
+            print(f"{line} log p {group[0].log_prob:8.3f}  {text!r}")
+        print(f"    {_cost(account)}")
+
+
+def _cost(account: Any) -> str:
+    parts = [f"{account.generated} tokens generated"]
+    parts += [f"{account.scored} scored"] if account.scored else []
+    parts += [f"{account.rewards} rewards", f"ESS {account.ess:.1f}"]
+    parts += [] if math.isnan(account.log_z) else [f"log Z {account.log_z:.3f} +- {account.log_z_error:.3f}"]
+    parts += [] if math.isnan(account.kl) else [f"KL {'<= ' if account.kl_is_bound else ''}{account.kl:.3f}"]
+    parts += [f"{name} {value:.4g}" for name, value in account.details.items() if math.isfinite(value)]
+    return ", ".join([*parts, f"{1000 * account.seconds:.0f} ms"])
+
+
+def print_samplers(as_json: bool) -> None:
+    """The catalogue of samplers."""
+    from keel.sampling.catalogue import SAMPLERS
+
+    if as_json:
+        print_json(
+            {
+                name: {"says": e.says, "law": e.law, "needs": e.needs or None, "paper": e.paper, "budget": e.knob}
+                for name, e in SAMPLERS.items()
+            }
+        )
+        return
+    for name, entry in SAMPLERS.items():
+        needs = f"  (needs: {entry.needs})" if entry.needs else ""
+        print(f"{name:<26} {entry.says}{needs}\n{'':<26}   law: {entry.law}")
+
+
+def print_curves(curves: list[Any], as_json: bool) -> None:
+    """Accuracy of samplers against tokens, as a table."""
+    if as_json:
+        print_json([curve.to_json() for curve in curves])
+        return
+    from keel.report.cost import cost_table
+
+    head, rows = cost_table(curves)
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+
+
+def print_facts(facts: Mapping[str, float], as_json: bool) -> None:
+    """Names and numbers."""
+    if as_json:
+        print_json(_finite(dict(facts)))
+        return
+    for name, value in facts.items():
+        print(f"{name:<12} {value:.6g}")
+
+
+def _finite(data: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def print_runs(folder: Path, as_json: bool) -> None:

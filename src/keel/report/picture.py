@@ -17,7 +17,7 @@ _DASH = {"solid": "", "dash": ' stroke-dasharray="6 4"', "dot": ' stroke-dasharr
 
 
 @dataclass(frozen=True)
-class _Panel:
+class Panel:
     """A rectangle with a scale on each side."""
 
     left: float
@@ -25,6 +25,8 @@ class _Panel:
     x_range: tuple[float, float]
     y_range: tuple[float, float]
     x_of: Callable[[float], float] = float
+    top: float = _TOP
+    bottom: float = _BOTTOM
 
     def x(self, value: float) -> float:
         low, high = (self.x_of(end) for end in self.x_range)
@@ -32,7 +34,7 @@ class _Panel:
 
     def y(self, value: float) -> float:
         low, high = self.y_range
-        return _BOTTOM - (value - low) / (high - low) * (_BOTTOM - _TOP)
+        return self.bottom - (value - low) / (high - low) * (self.bottom - self.top)
 
 
 def picture(arms: Sequence[Arm], theme: Theme = "light") -> str:
@@ -69,8 +71,8 @@ def _curves_panel(arms: Sequence[Arm], seen: Sequence[Look], colours: dict[str, 
     curves = [[(float(k), value) for k, value in arm.evaluation.pass_curve()] for arm in arms]
     ks = sorted({k for curve in curves for k, _ in curve})
     ends = [end for curve in curves for _, v in curve for end in (v.value, v.low, v.high) if math.isfinite(end)]
-    panel = _Panel(*_LEFT, (ks[0], ks[-1]), _padded(ends, top=1.0), math.log)
-    parts = _frame(panel, "Solved within k tries", "k, tries", "pass@k", [(k, f"{k:g}") for k in ks], colours)
+    panel = Panel(*_LEFT, (ks[0], ks[-1]), _padded(ends, top=1.0), math.log)
+    parts = frame(panel, "Solved within k tries", "k, tries", "pass@k", [(k, f"{k:g}") for k in ks], colours)
     for curve, look in zip(curves, seen, strict=True):
         colour = colours[look.colour]
         if all(v.known for _, v in curve):
@@ -83,7 +85,7 @@ def _curves_panel(arms: Sequence[Arm], seen: Sequence[Look], colours: dict[str, 
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.2"{_DASH[look.dash]}/>'
         )
-        parts += [_mark(panel.x(k), panel.y(v.value), look, colours, 3.6) for k, v in curve]
+        parts += [mark(panel.x(k), panel.y(v.value), look, colours, 3.6) for k, v in curve]
     return parts
 
 
@@ -92,10 +94,10 @@ def _frontier_panel(arms: Sequence[Arm], seen: Sequence[Look], many: str, colour
     bests = [arm.evaluation.metrics[many] for arm in arms]
     across = [end for v in ones for end in (v.value, v.low, v.high) if math.isfinite(end)]
     up = [end for v in bests for end in (v.value, v.low, v.high) if math.isfinite(end)]
-    panel = _Panel(*_RIGHT, _padded(across), _padded(up, top=1.0))
+    panel = Panel(*_RIGHT, _padded(across), _padded(up, top=1.0))
     ticks = [(value, f"{value:.0%}") for value in _ticks(*panel.x_range)]
     title = f"One try against {many.split('@')[1]}"
-    parts = _frame(panel, title, "pass@1", many, ticks, colours)
+    parts = frame(panel, title, "pass@1", many, ticks, colours)
     joined = sorted((arm for arm in arms if arm.beta is not None), key=lambda arm: arm.beta or 0.0)
     if len(joined) > 2:
         pairs = [(arm.evaluation.metrics["pass@1"].value, arm.evaluation.metrics[many].value) for arm in joined]
@@ -112,30 +114,34 @@ def _frontier_panel(arms: Sequence[Arm], seen: Sequence[Look], many: str, colour
             bars += f"M{x:.1f} {panel.y(best.low):.1f}V{panel.y(best.high):.1f}"
         parts.append(f'<path d="{bars}" stroke="{colour}" stroke-width="1.6" stroke-opacity="0.75"/>' if bars else "")
     for one, best, look in zip(ones, bests, seen, strict=True):
-        parts.append(_mark(panel.x(one.value), panel.y(best.value), look, colours, 6.0))
+        parts.append(mark(panel.x(one.value), panel.y(best.value), look, colours, 6.0))
     return parts
 
 
-def _frame(
-    panel: _Panel, title: str, x_title: str, y_title: str, ticks: Sequence[tuple[float, str]], colours: dict[str, str]
+def frame(
+    panel: Panel, title: str, x_title: str, y_title: str, ticks: Sequence[tuple[float, str]], colours: dict[str, str]
 ) -> list[str]:
+    """Title, grid, ticks and the names of both axes; the vertical one shows shares."""
     ink, muted, grid, line = (colours[name] for name in ("ink", "muted", "grid", "line"))
     middle = (panel.left + panel.right) / 2
-    parts = [f'<text x="{panel.left:g}" y="34" fill="{ink}" font-size="16" font-weight="600">{escape(title)}</text>']
+    at = f'x="{panel.left:g}" y="{panel.top - 32:g}"'
+    parts = [f'<text {at} fill="{ink}" font-size="16" font-weight="600">{escape(title)}</text>']
     for value in _ticks(*panel.y_range):
         y = panel.y(value)
         parts.append(f'<path d="M{panel.left:g} {y:.1f}H{panel.right:g}" stroke="{grid}"/>')
         parts.append(
             f'<text x="{panel.left - 8:g}" y="{y + 4:.1f}" fill="{muted}" text-anchor="end">{value:.0%}</text>'
         )
-    parts.append(f'<path d="M{panel.left:g} {_BOTTOM}H{panel.right:g}" stroke="{line}"/>')
+    parts.append(f'<path d="M{panel.left:g} {panel.bottom:g}H{panel.right:g}" stroke="{line}"/>')
     for value, label in ticks:
         x = panel.x(value)
-        parts.append(f'<path d="M{x:.1f} {_BOTTOM}v4" stroke="{line}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{_BOTTOM + 20}" fill="{muted}" text-anchor="middle">{escape(label)}</text>')
-    middle_y = (_TOP + _BOTTOM) / 2
+        parts.append(f'<path d="M{x:.1f} {panel.bottom:g}v4" stroke="{line}"/>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{panel.bottom + 20:g}" fill="{muted}" text-anchor="middle">{escape(label)}</text>'
+        )
+    middle_y = (panel.top + panel.bottom) / 2
     parts.append(
-        f'<text x="{middle:g}" y="{_BOTTOM + 42}" fill="{muted}" text-anchor="middle">{escape(x_title)}</text>'
+        f'<text x="{middle:g}" y="{panel.bottom + 42:g}" fill="{muted}" text-anchor="middle">{escape(x_title)}</text>'
         f'<text transform="translate({panel.left - 48:g} {middle_y:g}) rotate(-90)" fill="{muted}" '
         f'text-anchor="middle">{escape(y_title)}</text>'
     )
@@ -152,13 +158,19 @@ def _legend(arms: Sequence[Arm], seen: Sequence[Look], colours: dict[str, str]) 
             x, y = 66.0, y + 24
         colour = colours[look.colour]
         parts.append(f'<path d="M{x:g} {y:g}h26" stroke="{colour}" stroke-width="2.2"{_DASH[look.dash]}/>')
-        parts.append(_mark(x + 13, y, look, colours, 4.5))
+        parts.append(mark(x + 13, y, look, colours, 4.5))
         parts.append(f'<text x="{x + 34:g}" y="{y + 4.5:g}" fill="{colours["ink"]}">{escape(arm.label)}</text>')
         x += width + 18
     return parts, y + 26
 
 
-def _mark(x: float, y: float, look: Look, colours: dict[str, str], size: float) -> str:
+def dashes(dash: str) -> str:
+    """The attribute of a line's dash."""
+    return _DASH[dash]
+
+
+def mark(x: float, y: float, look: Look, colours: dict[str, str], size: float) -> str:
+    """A marker."""
     style = f'fill="{colours[look.colour]}" stroke="{colours["surface"]}" stroke-width="1"'
     if look.marker == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:g}" {style}/>'

@@ -38,6 +38,7 @@ class Entry:
         needs: what it needs beside a reward: a value of unfinished texts (it runs without one, to less effect), a
             learnt prediction, or further models.
         paper: in the catalogue of papers.
+        knob: the setting that makes its budget.
     """
 
     make: Callable[..., Any]
@@ -45,6 +46,7 @@ class Entry:
     law: str
     needs: Needs = ""
     paper: int | None = None
+    knob: str = "num_particles"
 
 
 def twisted_smc(k: int | None = 8, **options: Any) -> SMC:
@@ -105,6 +107,7 @@ SAMPLERS: Mapping[str, Entry] = {
         f"{TILT} for exact values, M large",
         "value",
         211,
+        "num_candidates",
     ),
     "value_augmented": Entry(
         ValueAugmented,
@@ -113,8 +116,12 @@ SAMPLERS: Mapping[str, Entry] = {
         "value",
         201,
     ),
-    "tree_sampling": Entry(TreeSampling, "a tree of texts with soft backups", f"{TILT} as rollouts grow", "", 182),
-    "tree_search": Entry(dts_search, "the same with upper confidence bounds", "none: the best leaf found", "", 182),
+    "tree_sampling": Entry(
+        TreeSampling, "a tree of texts with soft backups", f"{TILT} as rollouts grow", "", 182, "rollouts"
+    ),
+    "tree_search": Entry(
+        dts_search, "the same with upper confidence bounds", "none: the best leaf found", "", 182, "rollouts"
+    ),
     "beam_search": Entry(BeamSearch, "the N best beginnings of each step", "none: a search", "value"),
     "adaptive_best_of_n": Entry(
         AdaptiveBestOf, "completions until a better one is unlikely", "best of fewer than N", "restart", 200

@@ -103,7 +103,7 @@ class Account:
         ess: effective sample size of the weights.
         log_z, log_z_error: estimate of log Z with its standard error; NaN where the method has none.
         kl: nats that the output spends against the policy; `kl_is_bound`: at most.
-        seconds: wall time of the whole call, shared by its prompts.
+        seconds: wall time, that of the whole call divided by its prompts.
         details: whatever else the method reports.
     """
 
@@ -194,7 +194,7 @@ def accounts(found: Particles, examples: Sequence[Example], encoder: Encoder, se
                 log_z_error=float(found.log_z_error[p]),
                 kl=float(found.kl[p]),
                 kl_is_bound=found.kl_is_bound,
-                seconds=seconds,
+                seconds=seconds / len(examples),
                 details={name: float(values[p]) for name, values in found.details.items()},
             )
         )

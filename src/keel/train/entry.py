@@ -1,23 +1,17 @@
-"""`keel.train`, `keel.evaluate`, `keel.sample`: what the commands call."""
+"""`keel.train`, `keel.evaluate`, `keel.export`: what the commands call."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from keel.core.choice import counter_seed
-from keel.core.config import build
 from keel.core.errors import ConfigError, RunError
-from keel.core.rows import Stop
 from keel.evaluate.evaluation import Evaluation
 from keel.evaluate.support import Classes
 from keel.method import Method
 from keel.models.language import LanguageModel
 from keel.models.load import load, merged, save
-from keel.rollouts.choose import choose_generator
-from keel.rollouts.sampling import Sampling
-from keel.tasks.task import Task, Text
-from keel.train.configuration import TINY
+from keel.tasks.task import Task
 from keel.train.encode import Encoder
 from keel.train.lifecycle import Run, execute
 from keel.train.measure import measure_against, measure_policy
@@ -148,70 +142,6 @@ def evaluate(
         for function in functions.values():
             if (close := getattr(function, "close", None)) is not None:
                 close()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion.
-
-    Args:
-        prompt, text: as they are read.
-        tokens: the completion's tokens, end token included.
-        log_prob: of the completion under the distribution that was sampled, in nats.
-        stop: why it ended: eos, stop_string or length.
-    """
-
-    prompt: Text
-    text: str
-    tokens: tuple[int, ...]
-    log_prob: float
-    stop: str
-
-
-def sample(
-    model: Any,
-    prompts: Sequence[Text] | Text,
-    num_generations: int = 1,
-    tokenizer: Any = None,
-    seed: int = 0,
-    task: str | Task | None = None,
-    device: str | None = None,
-    report: Reporter = silent,
-    **settings: Any,
-) -> list[Sample]:
-    """Completions of prompts.
-
-    Args:
-        model: as in `keel.evaluate`.
-        prompts: texts, or lists of messages.
-        num_generations: completions of each prompt.
-        tokenizer: of a model in memory.
-        seed: of the completions.
-        task: the task of the built-in model.
-        device: None takes the best there is.
-        report: called with (event, facts).
-        **settings: of `Sampling`: temperature, top_k, top_p, min_p, max_completion_length, stop_strings.
-
-    Raises:
-        UserError: a mistake in what was asked for.
-    """
-    listed: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
-    opened = task if task is not None and not isinstance(task, str) else open_task(TaskSettings(name=task), None, seed)
-    if task is not None or model == TINY:
-        settings = {"max_completion_length": opened.max_completion_length, **settings}
-    sampling = build(Sampling, settings, "sampling")
-    policy = open_model(model, opened, tokenizer, device, report)
-    encoder = Encoder(policy)
-    rows = choose_generator(policy, "auto").generate(
-        [encoder.prompt(prompt) for prompt in listed], num_generations, sampling, seed=seed
-    )
-    out = []
-    for i in range(len(rows)):
-        tokens = rows.tokens[i][rows.mask[i]].tolist()
-        log_prob = float(rows.logp["behaviour"][i][rows.mask[i]].sum())
-        stop = Stop(int(rows.stop[i])).name.lower()
-        out.append(Sample(listed[int(rows.group[i])], encoder.decode(tokens), tuple(tokens), log_prob, stop))
-    return out
 
 
 def export(run_path: str | Path, target: str | Path) -> Path:

@@ -105,12 +105,12 @@ class Bench:
 
     # -- what is learnt --------------------------------------------------------------------------------------------
 
-    def seen(self) -> Experience:
+    def seen(self, num_prompts: int = FITTED_PROMPTS, num_generations: int = FITTED_SAMPLES) -> Experience:
         """Samples of the policy on training prompts, drawn once."""
         if "seen" not in self.fitted:
-            some = [self.task.train[i] for i in range(min(FITTED_PROMPTS, len(self.task.train)))]
+            some = [self.task.train[i] for i in range(min(num_prompts, len(self.task.train)))]
             self.report("phase", {"name": "samples", "steps": None, "text": f"sampling {len(some)} training prompts"})
-            known: dict[str, Any] = {"encoder": self.encoder, "num_generations": FITTED_SAMPLES, "seed": self.seed}
+            known: dict[str, Any] = {"encoder": self.encoder, "num_generations": num_generations, "seed": self.seed}
             self.fitted["seen"] = experience(self.engine, some, self.functions, self.sampling, **known)
             self.report("done", {})
         return self.fitted["seen"]

@@ -1,0 +1,91 @@
+"""Options that several commands share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A recipe argument (beta=0.04), or a path (train.learning_rate=1e-5, terms.kl.coef=0.1).",
+    ),
+]
+Model = Annotated[str | None, typer.Option("--model", help="tiny, a folder, a run's folder, or a hub name.")]
+ModelArgument = Annotated[str, typer.Argument(help="tiny, a folder, a run's folder, or a hub name.")]
+Task = Annotated[str | None, typer.Option("--task", help="countdown, or the name of a reasoning-gym data set.")]
+Data = Annotated[str | None, typer.Option("--data", help="JSONL, Parquet, or a saved data set, in place of a task.")]
+Reward = Annotated[
+    list[str] | None,
+    typer.Option("--reward", metavar="MODULE:FUNCTION", help="Scores completions; may be given several times."),
+]
+Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Decides all randomness.")]
+Beta = Annotated[float | None, typer.Option("--beta", help="Of the tilt, for samplers that have one; 0.1 without it.")]
+ValueOf = Annotated[
+    str | None,
+    typer.Option(
+        "--value",
+        help="Of unfinished texts: fit, fit:mean, a folder of `keel fit-value`, monte_carlo:M, MODULE:FUNCTION, or "
+        "odds:MODULE:FUNCTION for a process reward model.",
+    ),
+]
+BesideModel = Annotated[
+    list[str] | None,
+    typer.Option("--beside", metavar="NAME=MODEL", help="A further model, for fusion, contrast and guidance."),
+]
+BesidePrompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--beside-prompt",
+        metavar="NAME=TEXT",
+        help="What a further model is given, {prompt} for the prompt; without --beside NAME the policy itself.",
+    ),
+]
+Step = Annotated[
+    str | None, typer.Option("--step", help="Text that ends a step, such as '\\n\\n'; samplers go by token without it.")
+]
+
+
+class Classes(StrEnum):
+    """What counts as one answer: its canonical form, each completion by itself, or nothing is compared."""
+
+    answer = "answer"
+    completion = "completion"
+    none = "none"
+
+
+def pairs(values: list[str] | None, flag: str = "--set") -> dict[str, Any]:
+    """Options KEY=VALUE as keys and YAML values.
+
+    Raises:
+        ConfigError: one without `=`, or one twice.
+    """
+    from keel.train.configuration import parse_value
+
+    return {key: parse_value(text) for key, text in texts(values, flag).items()}
+
+
+def texts(values: list[str] | None, flag: str) -> dict[str, str]:
+    """Options KEY=TEXT as keys and texts.
+
+    Raises:
+        ConfigError: one without `=`, or one twice.
+    """
+    from keel.core.errors import ConfigError
+
+    out: dict[str, str] = {}
+    for item in values or []:
+        key, sign, text = item.partition("=")
+        key = key.strip()
+        if not sign or not key:
+            example = "--set beta=0.04" if flag == "--set" else f"{flag} expert=runs/grpo"
+            raise ConfigError("must be KEY=VALUE", f"{flag} {item}", f"For example {example}.")
+        if key in out:
+            raise ConfigError("is given twice", f"{flag} {key}")
+        out[key] = text
+    return out
