@@ -24,6 +24,7 @@ CHECKED = (
     "keel.parts.rewards.transforms",
     "keel.parts.terms",
     "keel.parts.weights",
+    "keel.sampling",
     "keel.statistics.functionals",  # the engine's own functions name no shapes
     "keel.statistics.transforms",
 )

@@ -142,7 +142,7 @@ def joint(copies: int = 1, value: Float[Tensor, "Q X"] | None = None) -> JointCh
 
 def decoded(kernel: Kernel) -> Float[Tensor, "S"]:
     """The exact law of decoding with a kernel."""
-    probability, found = law(lambda copies, rng: SMC(1, BETA, kernel=kernel, ess_threshold=0)(joint(copies), rng))
+    probability, found = law(lambda copies, rng: SMC(1, BETA, kernel=kernel, ess_threshold=0.0)(joint(copies), rng))
     return torch.zeros(8).double().index_add(0, leaves(found), probability)
 
 
@@ -210,9 +210,9 @@ def test_coefficients_are_reported_without_a_trace():
 
 def test_bad_settings():
     for bad in ({"experts": ()}, {"limit": 0.0}, {"limit": INF}, {"coefficient": -1.0}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+        with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
             DynamicFusion(**bad)
-    with pytest.raises(ValueError, match="search"):
+    with pytest.raises((ValueError, TypeError), match="search"):
         solve_coefficients(LARGE, SMALL, EXPERT[:, None], search="best")
     with pytest.raises(UserError, match="one only"):
         SMC(2, kernel=DynamicFusion())(chain(), Sample(0))

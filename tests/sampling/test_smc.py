@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tests.sampling.chain3 import BETA, MEAN, PRIOR, SOFT, TILT, Z, estimates, leaf_law, sampled_law, total_variation
 
 from keel.sampling.kernels import Twisted
 from keel.sampling.smc import SMC
-from tests.sampling.chain3 import BETA, MEAN, PRIOR, SOFT, TILT, Z, estimates, leaf_law, sampled_law, total_variation
 
 VALUES = {"none": None, "mean": MEAN, "soft": SOFT}
 TABLE = {  # value, N -> sd of Z_hat, total variation of the pick

@@ -36,23 +36,30 @@ class Meter:
     Attributes:
         generated: tokens (or steps) drawn.
         scored: tokens that a value, a reward model or another policy has read to judge them.
+        read: tokens of prompts and prefixes that were sent to be continued, where a chain keeps no cache of its own.
         rewards: finished samples whose reward was asked for.
     """
 
     def __init__(self, prompts: int):
         self.generated = torch.zeros(prompts, dtype=torch.long)
         self.scored = torch.zeros(prompts, dtype=torch.long)
+        self.read = torch.zeros(prompts, dtype=torch.long)
         self.rewards = torch.zeros(prompts, dtype=torch.long)
 
-    def add(self, name: str, count: Int[Tensor, "B"] | Bool[Tensor, "B"]) -> None:
-        """Add counts of states, those of a prompt together."""
-        total = getattr(self, name)
-        total += count.detach().cpu().long().view(len(total), -1).sum(1)
+    def add(
+        self, name: str, count: Int[Tensor, "B"] | Bool[Tensor, "B"], prompt: Int[Tensor, "B"] | None = None
+    ) -> None:
+        """Add counts of states: those of a prompt together, the same number of each, unless their prompts are given."""
+        total, count = getattr(self, name), count.detach().cpu().long()
+        if prompt is not None:
+            total.index_add_(0, prompt.cpu(), count)
+        else:
+            total += count.view(len(total), -1).sum(1)
 
 
 @runtime_checkable
 class Chain(Protocol[X]):
-    """What every sampler needs; see the module. `extend` may use up its state: select a copy of what is needed later."""
+    """What every sampler needs; see the module. `extend` may use up its state: select a copy of what is needed."""
 
     prompts: int
     horizon: int
@@ -184,6 +191,17 @@ class TokenChain(ABC):
         tokens = torch.full(shape, self.pad, dtype=torch.long, device=self.device)
         logp = torch.zeros(shape, device=self.device, dtype=self.dtype)
         return Prefix(tokens, logp, zeros, zeros - 1, prompt, self._start(prompt))
+
+    def at(self, tokens: Int[Tensor, "B T"], length: Int[Tensor, "B"], prompt: Int[Tensor, "B"]) -> Prefix:
+        """States, all of them unfinished, that have written these tokens already; it costs nothing on the meter.
+
+        Written again token by token. A chain whose memory forgets finished states must do it another way, because the
+        shorter ones are finished until the longer ones are there.
+        """
+        x = self.select(self.init(1), prompt)
+        for t in range(int(length.max()) if len(length) else 0):
+            x = self.extend(replace(x, stop=torch.where(t < length, -1, int(Stop.LENGTH))), tokens[:, t])
+        return replace(x, stop=torch.full_like(x.stop, -1))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,6 +6,7 @@ its exact law, every outcome with its probability, without a second implementati
 P is the number of prompts, the first dimension of everything; what happens to one must not depend on the others.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Protocol, TypeVar, runtime_checkable
@@ -53,6 +54,10 @@ class Choice(Protocol):
         """A seed for a generator that draws by itself."""
         ...
 
+    def scope(self, name: str) -> "Choice":
+        """Randomness for one part of a program, with names of its own: how much it asks for changes nothing outside."""
+        ...
+
 
 class Sample:
     """Draws, by counters: a number depends on the seed, the prompt's index, the name and the place, nothing else.
@@ -89,6 +94,10 @@ class Sample:
     def seed(self, name: str) -> int:
         """See `Choice`."""
         return counter_seed(self.root, name, self._count(name))
+
+    def scope(self, name: str) -> "Sample":
+        """See `Choice`."""
+        return Sample(self.seed(name), self.index)
 
     def _count(self, name: str) -> int:
         self.asked[name] = self.asked.get(name, -1) + 1
@@ -145,6 +154,10 @@ class Enumerate:
         """Refused: what a generator draws by itself cannot be enumerated."""
         raise UserError("a generator that draws by itself cannot be enumerated", name, "Use Sample(seed).")
 
+    def scope(self, name: str) -> "Enumerate":
+        """See `Choice`: one record for all."""
+        return self
+
 
 def law(run: Callable[[int, Choice], T], limit: int = 4_000_000) -> tuple[Float[Tensor, "U"], T]:
     """Every outcome of a program with its probability.
@@ -181,9 +194,11 @@ def law(run: Callable[[int, Choice], T], limit: int = 4_000_000) -> tuple[Float[
 
 def _branches(
     log_probs: Float[Tensor, "U *n V"], draws: int | None, limit: int
-) -> tuple[Int[Tensor, "W"], Int[Tensor, "W *n"], Float[Tensor, "W"]]:
-    """Each universe split into all joint answers of positive probability: its parent, the answer, its log-probability."""
+) -> tuple[Int[Tensor, "W"], Int[Tensor, "W ..."], Float[Tensor, "W"]]:
+    """Each universe split into all joint answers of positive probability: parents, answers, log-probabilities."""
     if draws is not None:
+        if math.comb(log_probs.shape[-1] + draws - 1, draws) > limit:
+            raise UserError(f"more than {limit} multisets of {draws}", "Enumerate", "Enumerate a smaller world.")
         log_probs, values = _multisets(log_probs, draws)
     shape = log_probs.shape[1:-1]
     flat = log_probs.reshape(len(log_probs), -1, log_probs.shape[-1])
@@ -205,7 +220,7 @@ def _branches(
 def _multisets(log_probs: Float[Tensor, "U *n V"], draws: int) -> tuple[Float[Tensor, "U *n S"], Int[Tensor, "S m"]]:
     """All multisets of m outcomes with their multinomial log-probabilities."""
     size = log_probs.shape[-1]
-    values = torch.combinations(torch.arange(size), draws, with_replacement=True)
+    values = torch.tensor(list(itertools.combinations_with_replacement(range(size), draws)))
     counts = torch.nn.functional.one_hot(values, size).sum(1).double()  # [S, V]
     ways = math.lgamma(draws + 1) - torch.lgamma(counts + 1).sum(-1)
     safe = log_probs.clamp(min=-1e300)

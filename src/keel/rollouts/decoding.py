@@ -144,7 +144,13 @@ class Drawn:
 
 
 def decode(
-    stepper: Stepper, model: LanguageModel, prompts: Prompts, sampling: Sampling, *, compact: float = 0.125
+    stepper: Stepper,
+    model: LanguageModel,
+    prompts: Prompts,
+    sampling: Sampling,
+    *,
+    compact: float = 0.125,
+    chooser: "Chooser | None" = None,
 ) -> Drawn:
     """Draw one completion for each row.
 
@@ -154,6 +160,7 @@ def decode(
         prompts: what to continue.
         sampling: how.
         compact: finished rows leave the batch when they are this share of it; above 1 they never do.
+        chooser: another one for these rows, that may look at what is drawn while it is drawn.
     """
     rows, limit, device = len(prompts.row), sampling.max_completion_length, prompts.row.device
     tokens = torch.full((rows, limit), model.pad_id, device=device)
@@ -162,7 +169,7 @@ def decode(
     stop = torch.full((rows,), int(Stop.LENGTH), device=device)
     ends = _table(model, model.eos_ids)
     texts = StopStrings.of(model, sampling.stop_strings)
-    chooser = Chooser(model.head, sampling, prompts.row, limit)
+    chooser = chooser or Chooser(model.head, sampling, prompts.row, limit)
 
     with model.mixed():
         states = stepper.prefill(prompts.ids, prompts.mask, limit)[prompts.index]
@@ -236,14 +243,18 @@ class Chooser:
         if self.sampling.temperature == 0:
             token = logits.argmax(-1)
             return token, _pick(logits, token) - logits.logsumexp(-1)
-        if self.sampling.temperature != 1:
-            logits = logits / self.sampling.temperature
-        if self.filter is not None:
-            logits = self.filter(logits)
-        probs = logits.softmax(-1)
+        probs = self.shaped(logits).softmax(-1)
         there = self.row.device
         token = draw(probs.to(there), self._uniform(position)[alive.to(there)]).to(probs.device)
         return token, _pick(probs, token).log()
+
+    def shaped(self, logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """Logits whose log-probabilities are recorded: after temperature and filters, or as they are if greedy."""
+        if self.sampling.temperature == 0:
+            return logits
+        if self.sampling.temperature != 1:
+            logits = logits / self.sampling.temperature
+        return logits if self.filter is None else self.filter(logits)
 
     def _uniform(self, position: int) -> Float[Tensor, "B"]:
         place = position - self.start

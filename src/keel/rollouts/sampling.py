@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from keel.core.rows import Rows
 from keel.statistics.transforms import Transform, filters
@@ -42,6 +42,7 @@ class Sampling:
         return filters(self.top_k, self.top_p, self.min_p)
 
 
+@runtime_checkable
 class Generator(Protocol):
     """Draws completions.
 

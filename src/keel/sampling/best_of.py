@@ -3,8 +3,8 @@
     best-of-N        argmax_i r(x_i), x_i ~ p_0
     soft best-of-N   pick i with probability softmax(r_i / beta): the tilt as N grows
 
-Best-of-N is the tilt of another reward, log F(r) at beta = 1 / (N - 1), with F the distribution function of r under p_0:
-blind to beta, unmoved by monotone changes of the reward, and KL(output || p_0) <= log N - (N - 1) / N.
+Best-of-N is the tilt of another reward, log F(r) at beta = 1 / (N - 1), with F the distribution function of r under
+p_0: blind to beta, unmoved by monotone changes of the reward, and KL(output || p_0) <= log N - (N - 1) / N.
 """
 
 import math
@@ -65,7 +65,7 @@ class BestOf:
 class SoftBestOf:
     """One of N completions with probability softmax(r / beta): sampling, importance weighting, resampling.
 
-    log Z = lse(r / beta) - log N is the log of an unbiased estimate, and sum_i W_i log(N W_i) bounds the KL of the output.
+    log Z = lse(r / beta) - log N is the log of an unbiased estimate; sum_i W_i log(N W_i) bounds the KL of the output.
 
     Args:
         num_particles: N.

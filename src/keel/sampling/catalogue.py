@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from keel.core.config import build, set_path
 from keel.core.errors import ConfigError, nearest
+from keel.core.registry import part_name
 from keel.sampling.adaptive import AdaptiveBestOf
 from keel.sampling.beam import BeamSearch
 from keel.sampling.best_of import BestOf, SoftBestOf
@@ -25,6 +26,7 @@ from keel.sampling.soft_value import SoftValueDecoding
 from keel.sampling.tree import TreeSampling
 
 Needs = Literal["", "value", "restart", "joint", "models"]
+Group = Literal["particles", "picks"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Entry:
             learnt prediction, or further models.
         paper: in the catalogue of papers.
         knob: the setting that makes its budget.
+        group: what the rows of a group are in training: the weighted particles of one run, so that N is the size of the
+            group, or the picks of as many runs, each with an N of its own.
+        tilts: whether its weighted particles stand for the tilt; some settings take that back (see `tilt_of`).
     """
 
     make: Callable[..., Any]
@@ -47,6 +52,8 @@ class Entry:
     needs: Needs = ""
     paper: int | None = None
     knob: str = "num_particles"
+    group: Group = "particles"
+    tilts: bool = False
 
 
 def twisted_smc(k: int | None = 8, **options: Any) -> SMC:
@@ -78,18 +85,36 @@ def cfg(other: str = "unconditional", gamma: float = 1.5, **options: Any) -> Dec
 
 TILT = "the tilt"
 SAMPLERS: Mapping[str, Entry] = {
-    "best_of_n": Entry(BestOf, "the best of N completions", "best of N; blind to beta"),
-    "soft_best_of_n": Entry(SoftBestOf, "one of N completions by softmax(r / beta)", f"{TILT} as N grows"),
-    "rejection": Entry(Rejection, "completions until one is accepted; needs a bound on the reward", f"{TILT}, exactly"),
-    "quasi_rejection": Entry(
-        QuasiRejection, "rejection with a ceiling on the weight, and its distance", f"{TILT} with its peaks cut off"
+    "best_of_n": Entry(BestOf, "the best of N completions", "best of N; blind to beta", group="picks"),
+    "soft_best_of_n": Entry(SoftBestOf, "one of N completions by softmax(r / beta)", f"{TILT} as N grows", tilts=True),
+    "rejection": Entry(
+        Rejection,
+        "completions until one is accepted; needs a bound on the reward",
+        f"{TILT}, exactly",
+        group="picks",
+        tilts=True,
     ),
-    "smc": Entry(SMC, "N partial texts, weighted and resampled", f"{TILT} as N grows", "value", 205),
+    "quasi_rejection": Entry(
+        QuasiRejection,
+        "rejection with a ceiling on the weight, and its distance",
+        f"{TILT} with its peaks cut off",
+        group="picks",
+    ),
+    "smc": Entry(SMC, "N partial texts, weighted and resampled", f"{TILT} as N grows", "value", 205, tilts=True),
     "twisted_smc": Entry(
-        twisted_smc, "SMC that proposes tokens by the value", f"{TILT} as N grows; at once if exact", "value"
+        twisted_smc,
+        "SMC that proposes tokens by the value",
+        f"{TILT} as N grows; at once if exact",
+        "value",
+        tilts=True,
     ),
     "particle_filter": Entry(
-        ParticleFilter, "SMC that weighs the full score at every step", "the product of the scores", "value", 205
+        ParticleFilter,
+        "SMC that weighs the full score at every step",
+        "the product of the scores",
+        "value",
+        205,
+        tilts=True,
     ),
     "entropic_particle_filter": Entry(
         EntropicParticleFilter,
@@ -97,9 +122,15 @@ SAMPLERS: Mapping[str, Entry] = {
         "the same, flattened",
         "value",
         91,
+        tilts=True,
     ),
     "particle_gibbs": Entry(
-        ParticleGibbs, "sweeps of SMC, each keeping the path of the last", f"{TILT} as sweeps go on", "value", 205
+        ParticleGibbs,
+        "sweeps of SMC, each keeping the path of the last",
+        f"{TILT} as sweeps go on",
+        "value",
+        205,
+        tilts=True,
     ),
     "soft_value_decoding": Entry(
         SoftValueDecoding,
@@ -115,21 +146,38 @@ SAMPLERS: Mapping[str, Entry] = {
         f"{TILT} for exact values, all k",
         "value",
         201,
+        tilts=True,
     ),
     "tree_sampling": Entry(
-        TreeSampling, "a tree of texts with soft backups", f"{TILT} as rollouts grow", "", 182, "rollouts"
+        TreeSampling, "a tree of texts with soft backups", f"{TILT} as rollouts grow", "", 182, "rollouts", tilts=True
     ),
     "tree_search": Entry(
-        dts_search, "the same with upper confidence bounds", "none: the best leaf found", "", 182, "rollouts"
+        dts_search,
+        "the same with upper confidence bounds",
+        "none: the best leaf found",
+        "",
+        182,
+        "rollouts",
+        group="picks",
     ),
-    "beam_search": Entry(BeamSearch, "the N best beginnings of each step", "none: a search", "value"),
+    "beam_search": Entry(BeamSearch, "the N best beginnings of each step", "none: a search", "value", group="picks"),
     "adaptive_best_of_n": Entry(
-        AdaptiveBestOf, "completions until a better one is unlikely", "best of fewer than N", "restart", 200
+        AdaptiveBestOf,
+        "completions until a better one is unlikely",
+        "best of fewer than N",
+        "restart",
+        200,
+        group="picks",
     ),
     "introspection": Entry(
-        Introspective, "texts branched, pruned and stopped by utility", "none: a search", "joint", 186
+        Introspective,
+        "texts branched, pruned and stopped by utility",
+        "none: a search",
+        "joint",
+        186,
+        group="picks",
     ),
-    "decode": Entry(Decode, "N plain completions", "the policy"),
+    "decode": Entry(Decode, "N plain completions", "the policy", tilts=True),
     "dynamic_logit_fusion": Entry(
         dynamic_logit_fusion, "a small expert's change added to a large model", "the fused policy", "models", 24
     ),
@@ -175,10 +223,48 @@ def entry_named(name: str) -> Entry:
     return SAMPLERS[name]
 
 
+def entry_of(made: Any) -> Entry:
+    """The entry of a sampler that is made: of a kernel among the catalogue's, that of the sampler made with it.
+
+    >>> entry_of(TreeSampling(mode="search")) == SAMPLERS["tree_search"]
+    True
+
+    Raises:
+        ConfigError: it is none of the catalogue.
+    """
+    kernel = part_name(type(getattr(made, "kernel", None))) or ""
+    name = kernel if kernel in SAMPLERS else part_name(type(made)) or ""
+    if name == "tree_sampling" and made.mode == "search":
+        name = "tree_search"
+    if name not in SAMPLERS:
+        raise ConfigError(
+            f"{type(made).__name__} is no sampler of the catalogue", None, f"One of {', '.join(SAMPLERS)}."
+        )
+    return SAMPLERS[name]
+
+
+def tilt_of(made: Any) -> float | None:
+    """How sharply the weighted particles of a sampler are tilted, 1 / beta: 0 for the policy, None for another law.
+
+    >>> [tilt_of(sampler(name, {})) for name in ("smc", "decode", "particle_filter", "best_of_n")]
+    [10.0, 0.0, None, None]
+    """
+    settings = {"weight": "ratio", "correct": True, "reweight": True}  # those that the tilt needs, where there is one
+    wrong = [name for name, value in settings.items() if getattr(made, name, value) != value]
+    if wrong == ["reweight"] and getattr(made, "kernel", made) is None:
+        return 0.0
+    return None if wrong or not entry_of(made).tilts else 1 / made.beta
+
+
 def accepts(name: str, option: str) -> bool:
     """Whether a sampler has a setting of this name, or one that a dotted name begins with."""
-    entry, key = entry_named(name), option.partition(".")[0]
-    if dataclasses.is_dataclass(entry.make):
-        return key in {f.name for f in dataclasses.fields(entry.make)}
-    made = {f.name for f in dataclasses.fields(entry.make())}
-    return key in made | {*inspect.signature(entry.make).parameters}
+    return option.partition(".")[0] in settings_of(name)
+
+
+def settings_of(name: str) -> tuple[str, ...]:
+    """The settings of a sampler."""
+    make = entry_named(name).make
+    if dataclasses.is_dataclass(make):
+        return tuple(f.name for f in dataclasses.fields(make))
+    of_function = [name for name in inspect.signature(make).parameters if name != "options"]
+    return tuple(dict.fromkeys([*of_function, *(f.name for f in dataclasses.fields(make()))]))

@@ -1,7 +1,7 @@
 """Kernels: how the next token is proposed, where the probabilities of all next tokens are at hand."""
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -55,9 +55,7 @@ class Twisted:
         return torch.where(x.done[:, None], log_p.to(raised), raised)
 
 
-def successor_values(
-    chain: TokenChain, x: Prefix, k: int | None, rng: Choice
-) -> tuple[Tensor, Float[Tensor, "B k"]]:
+def successor_values(chain: TokenChain, x: Prefix, k: int | None, rng: Choice) -> tuple[Tensor, Float[Tensor, "B k"]]:
     """The k likeliest next tokens and the value of the state after each; those of finished states are 0."""
     tokens, log_p = chain.successors(x, k)
     width = tokens.shape[1]
@@ -70,7 +68,7 @@ def successor_values(
 
 def propose(
     chain: Chain, x: Prefix, rng: Choice, kernel: Kernel | None, beta: float
-) -> tuple[Tensor, Float[Tensor, "B"], Float[Tensor, "B"]]:
+) -> tuple[Any, Float[Tensor, "B"], Float[Tensor, "B"]]:
     """One action of each state, its log p_0 and its log q.
 
     Raises:
@@ -86,3 +84,8 @@ def propose(
     log_q = kernel.log_q(chain, x, rng, beta).log_softmax(-1)
     action, log_p = chain.propose(x, 1, rng, log_q=log_q)
     return action, log_p[:, 0], log_q.gather(1, action[:, None])[:, 0]
+
+
+def bare(x: Any) -> Any:
+    """Finished states without what they would need to go on."""
+    return replace(x, memory=None) if isinstance(x, Prefix) else x

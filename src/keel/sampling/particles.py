@@ -1,8 +1,8 @@
 """What a sampler returns: weighted particles, the estimate of Z, and what they cost.
 
-    log Z      of the tilt p* = p_0 exp(r / beta) / Z; E[exp(log_z)] = Z for every sampler that says `unbiased`
-    ESS        1 / sum_i W_i^2
-    KL         sum_i W_i log(tilt_i) - log Z: what the weighted law spends, in nats
+log Z      of the tilt p* = p_0 exp(r / beta) / Z; E[exp(log_z)] = Z for every sampler that says `unbiased`
+ESS        1 / sum_i W_i^2
+KL         sum_i W_i log(tilt_i) - log Z: what the weighted law spends, in nats
 """
 
 import math
@@ -102,7 +102,8 @@ def log_z_error(
 
         V = 1 - (N / (N - 1))^(g + 1) sum over pairs of different families of W_i W_j,   se = sqrt(max(V, 0))
 
-    Without resampling it is that of an importance-weighted mean. 1 where one family is left: nothing is known then.
+    Without resampling it is that of an importance-weighted mean. It is made for multinomial resampling; with the
+    other schemes it is about a fifth too small. 1 where one family is left: nothing is known then.
 
     Args:
         log_w: normalised log-weights.

@@ -23,7 +23,7 @@ SCHEMES: tuple[Scheme, ...] = ("multinomial", "stratified", "systematic", "resid
 def resample(
     log_w: Float[Tensor, "P N"], scheme: Scheme, rng: Choice, name: str = "resample", count: int | None = None
 ) -> Int[Tensor, "P M"]:
-    """Ancestors of M new particles (N without `count`), drawn in proportion to the weights.
+    """Ancestors of M new particles (N without `count`), drawn in proportion to the weights; their order means nothing.
 
     >>> from keel.core.chance import Sample
     >>> weights = torch.tensor([[.1, .2, .3, .4]]).log()
@@ -41,7 +41,7 @@ def resample(
     """
     n = log_w.shape[1] if count is None else count
     if scheme == "multinomial":
-        return rng.categorical(log_w[:, None].expand(-1, n, -1), name)
+        return rng.categorical(log_w, name, n)
     if scheme == "residual":
         return _residual(log_w, n, rng, name)
     if scheme not in SCHEMES:
@@ -54,7 +54,9 @@ def resample(
     return ancestors(log_w, (strata + uniform) / n)
 
 
-def systematic(log_w: Float[Tensor, "P N"], uniform: Float[Tensor, "P"], count: int | None = None) -> Int[Tensor, "P M"]:
+def systematic(
+    log_w: Float[Tensor, "P N"], uniform: Float[Tensor, "P"], count: int | None = None
+) -> Int[Tensor, "P M"]:
     """Systematic resampling with a given uniform.
 
     >>> systematic(torch.tensor([[.1, .2, .3, .4]]).log(), torch.tensor([.5]))

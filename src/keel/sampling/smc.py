@@ -37,6 +37,8 @@ class Swarm:
         eve: the first ancestor of each particle, shape [P, N].
         generations: times that each prompt was resampled, shape [P].
         trace: the rounds so far.
+        value: what each was judged at last, in units of the reward, shape [P, N]; None before the first round.
+        rounds: how many there were.
     """
 
     x: Prefix
@@ -46,6 +48,8 @@ class Swarm:
     eve: Int[Tensor, "P N"]
     generations: Int[Tensor, "P"]
     trace: list[Step]
+    value: Float[Tensor, "P N"] | None = None
+    rounds: int = 0
 
     @staticmethod
     def start(chain: Chain, count: int) -> "Swarm":
@@ -68,6 +72,7 @@ class Swarm:
         flat = (ancestors + torch.arange(prompts, device=ancestors.device)[:, None] * count).flatten()
         self.x = chain.select(self.x, flat)
         self.log_psi = self.log_psi.gather(1, ancestors)
+        self.value = None if self.value is None else self.value.gather(1, ancestors)
         self.eve = self.eve.gather(1, ancestors)
         self.generations = self.generations + changed.long()
 
@@ -84,7 +89,7 @@ class SMC:
         num_particles: N.
         beta: of the tilt.
         resampling: multinomial, stratified, systematic or residual.
-        ess_threshold: resample a prompt whose ESS is below this share of N; 1 resamples whenever weights differ, 0 never.
+        ess_threshold: resample a prompt whose ESS is below this share of N; 1 does it whenever weights differ, 0 never.
         kernel: how tokens are proposed; the prior without it.
         output: "draw" one by weight, or the "best" reward.
         keep_trace: keep every round, for forests.
@@ -115,20 +120,43 @@ class SMC:
             advance(swarm, chain, rng, self.beta, self.kernel, ancestors if self.keep_trace else None)
             if bool(chain.is_done(swarm.x).all()):
                 return finish(swarm, chain, rng, self.beta, self.output)
-            ancestors = self._resample(swarm, chain, rng)
+            ancestors = renew(swarm, chain, rng, self.resampling, self.ess_threshold)
 
-    def _resample(self, swarm: Swarm, chain: Chain, rng: Choice) -> Int[Tensor, "P N"]:
-        running = ~chain.is_done(swarm.x).view(swarm.log_w.shape).all(1)
-        low = (effective_size(swarm.log_w) < self.ess_threshold * self.num_particles * (1 - 1e-9)) & running
-        stay = torch.arange(self.num_particles, device=low.device).expand(swarm.log_w.shape)
-        if not bool(low.any()):
-            return stay
-        even = torch.full_like(swarm.log_w, -math.log(self.num_particles))
-        drawn = resample(torch.where(low[:, None], swarm.log_w, even), self.resampling, rng)
-        ancestors = torch.where(low[:, None], drawn, stay)
-        swarm.descend(chain, ancestors, low)
-        swarm.log_w = torch.where(low[:, None], even, swarm.log_w)
-        return ancestors
+
+def renew(swarm: Swarm, chain: Chain, rng: Choice, scheme: Scheme, ess_threshold: float) -> Int[Tensor, "P N"]:
+    """Resample the prompts whose ESS is below its share of N, unless they are finished; the ancestors of all."""
+    count = swarm.log_w.shape[1]
+    low = (effective_size(swarm.log_w) < ess_threshold * count * (1 - 1e-9)) & running(swarm, chain)
+    stay = torch.arange(count, device=low.device).expand(swarm.log_w.shape)
+    if not bool(low.any()):
+        return stay
+    even = torch.full_like(swarm.log_w, -math.log(count))
+    weights = torch.where(low[:, None], swarm.log_w, even)
+    drawn = resample(weights, scheme, rng, f"resample {swarm.rounds}")  # whatever rounds other prompts resample in
+    ancestors = torch.where(low[:, None], drawn, stay)
+    swarm.descend(chain, ancestors, low)
+    swarm.log_w = torch.where(low[:, None], even, swarm.log_w)
+    return ancestors
+
+
+def running(swarm: Swarm, chain: Chain) -> Bool[Tensor, "P"]:
+    """Prompts with an unfinished particle."""
+    return ~chain.is_done(swarm.x).view(swarm.log_w.shape).all(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Pinned:
+    """States whose next action is not drawn but given.
+
+    Args:
+        slots: which, shape [B].
+        action: of each state, shape [B]; only those of the slots count.
+        value: of each state after it, shape [B]; None asks the chain.
+    """
+
+    slots: Bool[Tensor, "B"]
+    action: Int[Tensor, "B"]
+    value: Float[Tensor, "B"] | None = None
 
 
 def advance(
@@ -138,25 +166,55 @@ def advance(
     beta: float,
     kernel: Kernel | None,
     ancestors: Int[Tensor, "P N"] | None = None,
+    *,
+    full: bool = False,
+    pinned: Pinned | None = None,
 ) -> None:
-    """One round: propose, extend, weigh with g. With `ancestors`, the round is kept in the trace."""
+    """One round: propose, extend, weigh with g.
+
+    Args:
+        swarm: changed in place.
+        chain, rng, beta, kernel: as in `SMC`.
+        ancestors: with them, the round is kept in the trace.
+        full: weigh with psi_t and not with psi_t / psi_{t-1}; log_psi is then the sum over the rounds.
+        pinned: states that do not choose; under the prior only, for another kernel's g would not be theirs.
+    """
     shape = swarm.log_w.shape
     start, before = swarm.x.length, chain.is_done(swarm.x)
     action, log_p, log_q = propose(chain, swarm.x, rng, kernel, beta)
+    asked, known = ~before, None
+    if pinned is not None:
+        action = torch.where(pinned.slots, pinned.action, action)
+        if pinned.value is not None:
+            asked, known = asked & ~pinned.slots, pinned.value.view(shape)
     swarm.x = chain.extend(swarm.x, action)
-    log_psi = torch.where(before, swarm.log_psi.flatten(), chain.value(swarm.x, rng, ~before) / beta).view(shape)
-    swarm.weigh((log_p - log_q).view(shape) + log_psi - swarm.log_psi)
-    swarm.log_psi = log_psi
+    value = chain.value(swarm.x, rng, asked).view(shape)
+    if known is not None:
+        value = torch.where(asked.view(shape), value, known)
+    value = torch.where(before.view(shape), torch.zeros_like(value) if swarm.value is None else swarm.value, value)
+    log_psi = swarm.log_psi + value / beta if full else value / beta
+    log_psi = torch.where(before.view(shape), swarm.log_psi, log_psi)
+    settled = before.view(shape) | (swarm.log_psi == -math.inf)  # finished, or without weight for good
+    gain = (log_p - log_q).view(shape) + log_psi - swarm.log_psi
+    swarm.weigh(torch.where(settled, torch.zeros_like(gain), gain))
+    swarm.log_psi, swarm.value, swarm.rounds = log_psi, value, swarm.rounds + 1
     if ancestors is not None:
         bare = replace(swarm.x, memory=None)
         swarm.trace.append(Step(ancestors, start.view(shape), bare, log_q.view(shape), swarm.log_w))
 
 
 def finish(
-    swarm: Swarm, chain: Chain, rng: Choice, beta: float, output: str, **details: Float[Tensor, "P"]
+    swarm: Swarm,
+    chain: Chain,
+    rng: Choice,
+    beta: float,
+    output: str,
+    reward: Float[Tensor, "P N"] | None = None,
+    **details: Float[Tensor, "P"],
 ) -> Particles:
-    """The result of a swarm in which all are done."""
-    reward = swarm.log_psi * beta
+    """The result of a swarm in which all are done; its rewards are beta log psi unless they are given."""
+    reward = swarm.log_psi * beta if reward is None else reward
+    families = torch.zeros_like(swarm.log_w).scatter(1, swarm.eve, 1.0).sum(1)
     pick = rng.categorical(swarm.log_w, "pick") if output == "draw" else best(reward, swarm.log_w)
     return Particles(
         states=replace(swarm.x, memory=None),
@@ -169,7 +227,7 @@ def finish(
         meter=chain.meter,
         kl_is_bound=True,
         trace=tuple(swarm.trace),
-        details={"resampled": swarm.generations.double(), **details},
+        details={"resampled": swarm.generations.double(), "families": families, **details},
     )
 
 

@@ -98,7 +98,7 @@ class Reader:
         if cached is not None and not bool(x.done.any()):
             return self.head(cached)
         missing = x.done if cached is not None else torch.ones_like(x.done)
-        chain.meter.add("scored", torch.where(missing, x.length, 0))
+        chain.meter.add("scored", torch.where(missing, x.length, 0), x.prompt)
         index = missing.nonzero(as_tuple=True)[0]
         local: Any = chain.main if isinstance(chain, JointChain) else chain
         read = Prefix(*(getattr(x, name)[index] for name in ("tokens", "logp", "length", "stop", "prompt")))

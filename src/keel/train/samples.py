@@ -11,7 +11,7 @@ from keel.core.rows import Stop
 from keel.evaluate.cost import Curve
 from keel.rollouts.choose import choose_generator
 from keel.rollouts.sampling import Sampling
-from keel.sampling.catalogue import accepts
+from keel.sampling.catalogue import accepts, settings_of
 from keel.tasks.task import Task, Text
 from keel.train.configuration import TINY
 from keel.train.draws import Account
@@ -195,12 +195,13 @@ def _split(settings: Mapping[str, Any], methods: Sequence[str]) -> tuple[dict[st
     own = {key: value for key, value in settings.items() if any(accepts(name, key) for name in methods)}
     plain = {key: value for key, value in settings.items() if key not in own}
     known = [f.name for f in fields(Sampling)]
+    of_samplers = dict.fromkeys(option for name in methods for option in settings_of(name))
     for key in plain:
         if key not in known:
             raise ConfigError(
-                f"neither the sampler nor the sampling has this setting.{nearest(key, known)}",
+                f"neither the sampler nor the sampling has this setting.{nearest(key, [*of_samplers, *known])}",
                 key,
-                f"Of sampling: {', '.join(known)}.",
+                f"Of the sampler: {', '.join(of_samplers)}; of the sampling: {', '.join(known)}.",
             )
     return plain, own
 

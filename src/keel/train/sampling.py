@@ -22,7 +22,7 @@ from keel.rollouts.sampling import Sampling
 from keel.rollouts.steps import StepChain
 from keel.sampling.catalogue import entry_named, sampler
 from keel.sampling.joint import JointChain
-from keel.sampling.values import MonteCarlo, Odds
+from keel.sampling.values import MonteCarlo, log_odds
 from keel.tasks.task import Example, Task
 from keel.train.draws import Account, TextReward, accounts, draw_particles
 from keel.train.encode import Encoder
@@ -56,21 +56,19 @@ class TextValue:
     Args:
         function: `def value(prompts, completions, **columns) -> list[float]`, given beginnings of completions.
         examples, encoder: as in `TextReward`.
+        beta: it gives the probability s of success, and the value is beta log(s / (1 - s)); None takes what it says.
     """
 
-    def __init__(self, function: Scorer, examples: Sequence[Example], encoder: Encoder):
-        self.judge = TextReward({"value": function}, examples, encoder)
+    def __init__(self, function: Scorer, examples: Sequence[Example], encoder: Encoder, beta: float | None = None):
+        self.judge, self.beta = TextReward({"value": function}, examples, encoder), beta
 
     def __call__(self, chain: TokenChain, x: Prefix, rng: Choice) -> Float[Tensor, "B"]:
-        chain.meter.add("scored", torch.where(x.done, 0, x.length))
-        return self.score(x)
-
-    def score(self, x: Prefix) -> Float[Tensor, "B"]:
-        """What the function says of unfinished states; 0 for the others."""
         index = (~x.done).nonzero(as_tuple=True)[0]
+        chain.meter.add("scored", torch.where(x.done, 0, x.length), x.prompt)
         some = Prefix(*(getattr(x, name)[index] for name in ("tokens", "logp", "length", "stop", "prompt")))
         found = torch.zeros(len(x), dtype=torch.float64, device=x.length.device)
-        return found.index_copy(0, index, self.judge(some))
+        said = self.judge(some)
+        return found.index_copy(0, index, said if self.beta is None else self.beta * log_odds(said))
 
 
 @dataclass
@@ -332,7 +330,6 @@ def _open_value(value: Any, bench: Bench, beta: float, device: str | None) -> An
     function = reward_functions(TaskSettings(name=bench.task.name, rewards=(text,)), bench.task, {"value": text})
 
     def of(examples: Sequence[Example]) -> Value:
-        plain = TextValue(next(iter(function.values())), examples, bench.encoder)
-        return Odds(plain.score, beta) if kind == "odds" else plain
+        return TextValue(next(iter(function.values())), examples, bench.encoder, beta if kind == "odds" else None)
 
     return _PerPrompt(of)

@@ -1,0 +1,1 @@
+"""A local model behind OpenAI's API: `keel serve`."""
