@@ -4,13 +4,14 @@ import sys
 
 import pytest
 import torch
-from benchmarks import head, page
+from benchmarks import head, page, samplers
 from benchmarks.measuring import PeakMemory, Row, alternate, in_process
 from benchmarks.models import build
 from benchmarks.sampling import gap
 
 from keel.rollouts.local import LocalGenerator
 from keel.rollouts.sampling import Sampling
+from tests.train.test_sampling import curves
 
 ROW = Row("adding", "default", 1234.5, 2469.0, "ms", 2.0, 1.5, "exact", "python -m benchmarks head")
 
@@ -65,3 +66,17 @@ def test_the_page_keeps_its_prose(tmp_path, monkeypatch):
     target.write_text("nothing")
     with pytest.raises(ValueError, match="measured: begin"):
         page.write([ROW], 2, 5, target)
+
+
+def test_every_sampler_has_its_curve_and_the_page_keeps_its_prose(tmp_path, monkeypatch):
+    asked = [request for request, _ in samplers.requests()]
+    assert {request.method for request in asked} | {"decode"} == set(samplers.SAMPLERS)
+    assert len({request.label for request in asked}) == len(asked) and asked[0].label == "best_of_n"
+    for name in ("PAGE", "PICTURE", "DATA"):
+        monkeypatch.setattr(samplers, name, tmp_path / getattr(samplers, name).name)
+    samplers.PAGE.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+    samplers.write(curves(), {"soft": {"explained": 0.125}}, 3.2)
+    written = samplers.PAGE.read_text()
+    assert written.startswith("before\n") and written.endswith("after\n") and "old" not in written
+    assert "explained 0.125" in written and written.count("| smc |") == 3
+    assert samplers.PICTURE.read_text().startswith("<svg") and len(samplers.DATA.read_text()) > 100

@@ -14,6 +14,7 @@ from keel.rollouts.local import LocalGenerator
 from keel.rollouts.sampling import Sampling
 from keel.sampling.best_of import BestOf, SoftBestOf
 from keel.sampling.kernels import Twisted
+from keel.sampling.rejection import Rejection
 from keel.sampling.smc import SMC
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12]]
@@ -192,6 +193,59 @@ def test_best_of_n_takes_the_best_and_a_prompt_does_not_depend_on_its_neighbours
         alone = sampler(one, Sample(2, torch.tensor([1])))
         torch.testing.assert_close(alone.reward[0], all_three.reward[1], rtol=0, atol=1e-9)
         assert int(alone.pick[0]) == int(all_three.pick[1])
+
+
+class Wasteful(LocalChain):
+    """Draws for all prompts, whoever is asked for."""
+
+    def complete(self, x, m, rng, where=None):
+        """See `Chain`."""
+        return super().complete(x, m, rng)
+
+
+def test_completions_of_some_prompts_are_what_they_would_have_been():
+    c, wanted = chain(length=6), torch.tensor([True, False, True])
+    everything = chain(length=6).complete(c.init(1), 5, Sample(3))
+    found = c.complete(c.init(1), 5, Sample(3), wanted)
+    rows = wanted.repeat_interleave(5)
+    for name in ("tokens", "length", "stop", "prompt"):
+        assert torch.equal(getattr(found, name)[rows], getattr(everything, name)[rows])
+    torch.testing.assert_close(found.logp[rows], everything.logp[rows], rtol=0, atol=1e-5)
+    assert bool((found.stop[~rows] == int(Stop.LENGTH)).all()) and not found.length[~rows].any()
+    assert torch.equal(found.prompt, everything.prompt) and bool((found.tokens[~rows] == c.pad).all())
+    assert torch.equal(c.meter.generated, torch.where(wanted, everything.length.view(3, 5).sum(1), 0))
+    nobody = c.complete(c.init(1), 5, Sample(3), torch.zeros(3, dtype=torch.bool))
+    assert bool(nobody.done.all()) and torch.equal(nobody.prompt, everything.prompt)
+
+
+def test_states_half_way_are_completed_where_asked_and_not_used_up():
+    c = chain(length=6)
+    x = c.init(2)
+    for _ in range(2):
+        x = c.extend(x, c.propose(x, 1, Sample(1))[0])
+    asked = torch.tensor([True, False, True, True, False, False])
+    before = c.meter.generated.clone()
+    some, everything = c.complete(x, 2, Sample(4), asked), c.complete(x, 2, Sample(4))
+    rows = asked.repeat_interleave(2)
+    assert torch.equal(some.tokens[rows], everything.tokens[rows]) and not some.length[~rows].any()
+    torch.testing.assert_close(everything.logp, c._read(everything.tokens, everything.length, everything.prompt))
+    written = everything.length.view(6, 2).sum(1) - 2 * x.length
+    spent = c.meter.generated - before
+    assert torch.equal(spent, (written * (1 + asked.long())).view(3, 2).sum(1))
+
+
+def test_a_prompt_that_has_accepted_writes_nothing_more():
+    made = [kind(chain().generator, PROMPTS * 4, Sampling(max_completion_length=4)) for kind in (LocalChain, Wasteful)]
+    results = []
+    for c in made:
+        c.reward_of = lambda x: (x.tokens[:, 0] > 15).double() - 1
+        results.append(Rejection(0.0, 2, 40, 0.5)(c, Sample(0)))
+    thrifty, wasteful = results
+    samples = thrifty.details["samples"]
+    assert len(samples.unique()) > 1 and torch.equal(samples, wasteful.details["samples"])
+    assert torch.equal(thrifty.states.tokens, wasteful.states.tokens) and torch.equal(thrifty.pick, wasteful.pick)
+    less = made[0].meter.generated < made[1].meter.generated
+    assert torch.equal(less, samples < samples.max())
 
 
 def test_temperature_zero_is_refused():

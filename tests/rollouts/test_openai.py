@@ -301,6 +301,18 @@ def test_one_request_for_each_distinct_state(policy, url):
     assert len(asked) == 1 and len(asked[0]["prompt"]) == 18 and bool(done.done.all())
 
 
+def test_completions_of_some_prompts_ask_for_those_alone(policy, url):
+    chain, wanted = black_box(policy, url, 4), torch.tensor([True, False, True])
+    everything = chain.complete(chain.init(1), 4, Sample(0))
+    spent = chain.meter.generated.clone()
+    asked, complete = [], chain.generator.endpoint.complete
+    chain.generator.endpoint.complete = lambda bodies: asked.extend(bodies) or complete(bodies)
+    some, rows = chain.complete(chain.init(1), 4, Sample(0), wanted), wanted.repeat_interleave(4)
+    assert sum(len(body["prompt"]) for body in asked) == 8
+    assert torch.equal(some.tokens[rows], everything.tokens[rows]) and not some.length[~rows].any()
+    assert torch.equal(chain.meter.generated - spent, spent * wanted) and bool(some.done.all())
+
+
 def test_completions_have_the_log_probabilities_of_the_chain(policy, url):
     chain = black_box(policy, url, 4, temperature=0.8)
     done = chain.complete(chain.init(1), 4, Sample(0))

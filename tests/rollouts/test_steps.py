@@ -15,6 +15,7 @@ from keel.rollouts.sampling import Sampling
 from keel.rollouts.steps import StepChain, Steps
 from keel.sampling.beam import BeamSearch
 from keel.sampling.best_of import BestOf, SoftBestOf
+from keel.sampling.gibbs import ParticleGibbs, sweep
 from keel.sampling.smc import SMC
 from keel.sampling.soft_value import SoftValueDecoding
 
@@ -220,6 +221,44 @@ def test_samplers_of_whole_completions_run_on_it():
     assert soft.reward.shape == (3, 8) and bool(torch.isfinite(soft.log_z).all())
     assert made.meter.rewards.tolist() == [8, 8, 8]
     assert made.meter.read.tolist() == [4, 1, 3]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": 2}], ids=["whole", "by step"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_completions_of_some_states_are_what_they_would_have_been(options, begun):
+    made, rng = chain(**options), Sample(0)
+    x = made.init(2)
+    if begun:
+        x = made.extend(x, made.propose(x, 1, rng)[0])
+    asked, before = torch.tensor([True, False, False, True, False, False]) & ~x.done, made.meter.generated.clone()
+    assert bool(asked.any())
+    some = made.complete(x, 3, Sample(4), asked)
+    spent = made.meter.generated - before
+    everything = made.complete(x, 3, Sample(4))
+    rows = asked.repeat_interleave(3)
+    for name in ("tokens", "length", "stop", "prompt"):
+        assert torch.equal(getattr(some, name)[rows], getattr(everything, name)[rows])
+    torch.testing.assert_close(some.logp[rows], everything.logp[rows], rtol=0, atol=1e-5)
+    assert bool((some.stop[~rows] == int(Stop.LENGTH)).all()) and not some.length[~rows].any()
+    written = (some.length - x.length.repeat_interleave(3)).masked_fill(~rows, 0)
+    assert torch.equal(spent, written.view(3, 6).sum(1)) and not int(spent[2])
+
+
+def test_particle_gibbs_goes_by_steps():
+    made = chain(reward=reward, value=lambda made, x, rng: reward(x))
+    done = sweep(made, Sample(0), 4, 1.0)
+    pick = torch.tensor([1, 3, 0])
+    path, x = done.path(pick), made.init(1)
+    for action in path.actions:
+        x = made.extend(x, action)
+    ends = made.select(done.swarm.x, torch.arange(3) * 4 + pick)
+    assert torch.equal(x.tokens, ends.tokens) and torch.equal(x.stop, ends.stop)
+    again = sweep(made, Sample(1), 4, 1.0, path)
+    first = made.select(again.swarm.x, torch.arange(3) * 4)
+    assert torch.equal(first.tokens, ends.tokens)  # the reference has survived
+    found = ParticleGibbs(4, 4, 1.0)(made, Sample(0))
+    prior = made.reward(made.complete(made.init(1), 200, Sample(1)))
+    assert float(found.reward.mean()) > float(prior.mean())
 
 
 @pytest.mark.parametrize("sampler", [BeamSearch(4, 4), SoftValueDecoding(num_particles=4, num_candidates=6)])

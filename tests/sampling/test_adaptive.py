@@ -87,8 +87,9 @@ def test_a_constant_prediction_draws_all_and_the_best_of_them_is_best_of_n():
     cumulated = PRIOR[order].cumsum(0)
     wanted = (cumulated**3).diff(prepend=torch.zeros(1).double())
     torch.testing.assert_close(picked[order], wanted, atol=1e-12, rtol=0)
-    first = AdaptiveBestOf(constant, 3, 0.2)(chain(50), Sample(0))
-    assert bool((first.pick == 0).all())  # all the same: the first
+    same = AdaptiveBestOf(constant, 3, 0.2)(chain(3000), Sample(0))
+    assert torch.equal(same.meter.rewards, torch.ones(3000, dtype=torch.long))
+    assert torch.bincount(same.pick).tolist() == pytest.approx([1000] * 3, abs=4 * (3000 * 2 / 9) ** 0.5)  # all equal
 
 
 def test_with_an_oracle_the_smallest_prediction_is_the_best_reward():

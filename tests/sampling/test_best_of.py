@@ -7,6 +7,7 @@ import torch
 from tests.sampling.chain3 import (
     BETA,
     MEAN,
+    POLICY,
     PRIOR,
     REWARD,
     TILT,
@@ -14,12 +15,18 @@ from tests.sampling.chain3 import (
     chain,
     estimates,
     leaf_law,
+    leaves,
     sampled_law,
     total_variation,
 )
 
 from keel.core.chance import Sample, law
+from keel.exact.chain import TabularChain, mean_value_table
+from keel.sampling.adaptive import AdaptiveBestOf
+from keel.sampling.beam import BeamSearch
 from keel.sampling.best_of import BestOf, SoftBestOf
+from keel.sampling.particle_filter import ParticleFilter
+from keel.sampling.particles import best
 from keel.sampling.smc import SMC
 
 BEST_OF_4 = torch.tensor([0.025590, 0.101603, 0.013319, 0.295985, 0.001050, 0.302546, 0.008839, 0.251069]).double()
@@ -77,8 +84,77 @@ def test_weights_of_best_of_n_are_spread_over_equals():
     table = chain()
     table.rewards = torch.zeros_like(table.rewards)
     found = BestOf(4)(table, Sample(0))
-    assert float(found.ess) == pytest.approx(4) and int(found.pick) == 0
-    assert found.log_z.isnan().all()
+    assert float(found.ess) == pytest.approx(4) and found.log_z.isnan().all()
+
+
+# -- equal rewards -----------------------------------------------------------------------------------------------------
+
+PASSED = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]]).double()  # of a verifier: siblings may be equal
+
+
+def verified(copies: int = 1) -> TabularChain:
+    """The chain with rewards of 0 and 1."""
+    return TabularChain(POLICY, PASSED, torch.zeros(copies, dtype=torch.long), mean_value_table(POLICY, PASSED))
+
+
+def verified_law(sampler) -> torch.Tensor:
+    """The exact law of what a sampler puts out there."""
+    probability, found = law(lambda copies, rng: sampler(verified(copies), rng))
+    return torch.zeros(8).double().index_add(0, leaves(found)[found.picked], probability)
+
+
+@pytest.mark.parametrize(
+    "sampler", [BestOf(2), BestOf(3), BestOf(5), SMC(2, BETA, ess_threshold=0.0, output="best")], ids=str
+)
+def test_equals_are_put_out_in_proportion_to_the_prior(sampler):
+    n, none = sampler.num_particles, float(PRIOR[PASSED[0] == 0].sum())  # P(a completion fails)
+    truth = PRIOR * (PASSED[0] * (1 - none**n) / (1 - none) + (1 - PASSED[0]) * none ** (n - 1))
+    torch.testing.assert_close(verified_law(sampler), truth, atol=1e-12, rtol=0)
+    found = sampler(verified(20_000), Sample(0))
+    shares = torch.bincount(leaves(found)[found.picked], minlength=8) / 20_000
+    assert bool(((shares - truth).abs() < 4.5 * (truth * (1 - truth) / 20_000).sqrt()).all())
+
+
+def by_first_token(chain, x):
+    """The same prediction for half of all completions."""
+    return 1 - x.tokens[:, 0].double() / 2
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SMC(2, BETA, "multinomial", 2.0, output="best"),
+        SMC(2, BETA, "systematic", 2.0, output="best"),
+        ParticleFilter(2, BETA, "ratio"),
+        BeamSearch(1, 2, "value", BETA, draw=True),
+        BeamSearch(2, 2, "value", BETA, draw=True),
+        AdaptiveBestOf(by_first_token, 2, 0.6, doubling=True),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_the_exact_law_is_that_of_many_runs_where_rewards_are_equal(sampler):
+    exact, runs = verified_law(sampler), 20_000
+    found = sampler(verified(runs), Sample(0))
+    shares = torch.bincount(leaves(found)[found.picked], minlength=8) / runs
+    assert bool(((shares - exact).abs() <= 4.5 * (exact * (1 - exact) / runs).sqrt() + 1e-12).all())
+
+
+def test_no_place_is_favoured():
+    for sampler in (BestOf(4), SMC(4, BETA, output="best")):
+        table = chain(4000)
+        table.rewards = torch.zeros_like(table.rewards)
+        found = torch.bincount(sampler(table, Sample(0)).pick, minlength=4)
+        assert found.tolist() == pytest.approx([1000] * 4, abs=4 * (4000 * 3 / 16) ** 0.5)
+
+
+def test_best_of_scores_by_hand():
+    score = torch.tensor([[1.0, 3.0, 3.0], [5.0, 2.0, 2.0], [-math.inf, -math.inf, -math.inf]]).double()
+    among = torch.tensor([[True, True, False], [False, True, True], [False, True, False]])
+    picks = torch.stack([best(score, Sample(seed), among) for seed in range(40)])
+    assert picks[:, 0].unique().tolist() == [1] and picks[:, 2].unique().tolist() == [1]
+    assert picks[:, 1].unique().tolist() == [1, 2]
+    anything = torch.stack([best(score, Sample(seed)) for seed in range(40)])
+    assert [anything[:, p].unique().tolist() for p in range(3)] == [[1, 2], [0], [0, 1, 2]]
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])

@@ -17,9 +17,9 @@ from tests.sampling.chain3 import (
     sampled_law,
     total_variation,
 )
+from tests.sampling.test_soft_value import ByStep
 
 from keel.core.chance import Sample, law
-from keel.core.errors import UserError
 from keel.exact.chain import TabularChain
 from keel.exact.space import SequenceSpace, TabularPolicy
 from keel.sampling.gibbs import ParticleGibbs, Path, sweep
@@ -39,10 +39,10 @@ def transition(make, leaves, n=2, known=True, **settings):
         for t in range(table.horizon):
             x = table.extend(x, tokens[:, t])
             values.append(table.value(x, rng))
-        path = Path(x, torch.stack(values, 1) if known else None)
+        path = Path(list(tokens.unbind(1)), torch.stack(values, 1) if known else None)
         done = sweep(table, rng, n, BETA, path, **settings)
-        after = done.path(finish(done.swarm, table, rng, BETA, "draw").pick)
-        return start, table.leaf(after.states)
+        found = finish(done.swarm, table, rng, BETA, "draw")
+        return start, table.leaf(found.states)[found.picked]
 
     probability, (before, after) = law(run)
     joint = torch.zeros(leaves**2).double().index_add(0, before * leaves + after, probability)
@@ -135,12 +135,13 @@ def test_sweeps_approach_the_tilt_where_one_filter_does_not():
 
 def test_the_path_goes_back_through_the_ancestors():
     table = chain(300, MEAN)
-    path = sweep(table, Sample(0), 4, BETA).path(torch.full((300,), 2))
+    done = sweep(table, Sample(0), 4, BETA)
+    path, ends = done.path(torch.full((300,), 2)), table.select(done.swarm.x, torch.arange(300) * 4 + 2)
     x = table.init(1)
     for t in range(3):
-        x = table.extend(x, path.states.tokens[:, t])
+        x = table.extend(x, path.actions[t])
         torch.testing.assert_close(path.values[:, t], table.value(x, Sample(0)))
-    assert torch.equal(x.tokens, path.states.tokens) and torch.equal(x.logp, path.states.logp)
+    assert torch.equal(x.tokens, ends.tokens) and torch.equal(x.logp, ends.logp)
 
 
 def test_rewards_of_the_reference_are_not_asked_for_again():
@@ -154,20 +155,11 @@ def test_moved_says_how_often_the_reference_was_left():
     assert 0.2 < float(still.mean()) < 0.5 < 0.85 < float(lively.mean())
 
 
-class Steps:
-    """A chain that is none over tokens."""
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-
-def test_a_chain_by_steps_is_refused():
-    done = sweep(chain(), Sample(0), 2, BETA)
-    with pytest.raises(UserError, match="goes by steps"):
-        sweep(Steps(chain()), Sample(0), 2, BETA, done.path(torch.tensor([0])))
+def test_sweeps_by_steps_are_the_same():
+    sampler = ParticleGibbs(4, 3, BETA)
+    steps, tokens = sampler(ByStep(chain(200, MEAN)), Sample(0)), sampler(chain(200, MEAN), Sample(0))
+    assert torch.equal(steps.states.tokens, tokens.states.tokens) and torch.equal(steps.pick, tokens.pick)
+    torch.testing.assert_close((steps.reward, steps.log_w), (tokens.reward, tokens.log_w))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,18 @@ def test_without_a_cost_all_places_are_filled_and_nothing_is_pruned(output):
     assert bool((found.meter.rewards == (1 if output == "predicted" else 2)).all())
 
 
+@pytest.mark.parametrize("output", ["predicted", "best"])
+def test_of_equals_each_is_as_likely(output):
+    passed = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]]).double()
+    world = lambda copies: TabularChain(chain().logits, passed, torch.zeros(copies).long())  # noqa: E731
+    sampler = Introspective(OracleJoint.of(world(1)), 2, cost=0.0, every=3, output=output)
+    probability, found = law(lambda copies, rng: sampler(world(copies), rng))
+    reward = passed[0, leaves(found)].view(-1, 2)
+    equal = reward[:, 0] == reward[:, 1]
+    assert float(probability[equal & (found.pick == 0)].sum() / probability[equal].sum()) == pytest.approx(0.5)
+    assert bool((reward[:, 0] > reward[:, 1])[~equal].eq(found.pick[~equal] == 0).all())
+
+
 @pytest.mark.parametrize("compute", [0.0, 0.5, 1.0])
 def test_beyond_all_rewards_a_single_sample_is_left(compute):
     sampler = Introspective(ORACLE, 3, cost=1e6, compute=compute, every=1)

@@ -82,10 +82,24 @@ def test_a_reward_above_the_bound_is_an_error_that_names_both():
         Rejection(1.5, 16, 64, BETA)(chain(8), Sample(0))
 
 
-def test_rewards_are_not_asked_for_once_a_prompt_has_accepted():
-    table = chain(400)
-    found = Rejection(2.0, 2, 100, BETA)(table, Sample(0))
-    assert torch.equal(table.meter.rewards, found.details["samples"].long())
+class Wasteful(TabularChain):
+    """Draws for all prompts, whoever is asked for."""
+
+    def complete(self, x, m, rng, where=None):
+        """See `Chain`."""
+        return super().complete(x, m, rng)
+
+
+@pytest.mark.parametrize("sampler", [Rejection(2.0, 2, 100, BETA), QuasiRejection(3.0, "log_weight", 2, 100, BETA)])
+def test_a_prompt_that_has_accepted_costs_nothing_more_and_its_result_is_the_same(sampler):
+    table, wasteful = chain(400), Wasteful(POLICY, REWARD, torch.zeros(400, dtype=torch.long))
+    found, other = sampler(table, Sample(0)), sampler(wasteful, Sample(0))
+    samples = found.details["samples"].long()
+    assert len(samples.unique()) > 4
+    assert torch.equal(table.meter.rewards, samples) and torch.equal(table.meter.generated, 3 * samples)
+    assert wasteful.meter.generated.unique().tolist() == [3 * int(samples.max())]
+    assert torch.equal(found.states.tokens, other.states.tokens) and torch.equal(found.pick, other.pick)
+    torch.testing.assert_close((found.log_w, found.log_z, found.reward), (other.log_w, other.log_z, other.reward))
 
 
 @pytest.mark.parametrize("ceiling", [0.5, 2.0, 3.0, 4.0])

@@ -148,6 +148,15 @@ def test_the_search_finds_the_best_leaf_and_never_loses_it():
     assert bool((found[-1] == 2.0).all()) and not bool((found[0] == 2.0).all())
 
 
+def test_of_equal_leaves_each_is_as_likely():
+    world = chain(800)
+    world.rewards = torch.zeros_like(world.rewards)
+    found = TreeSampling(2, 60, BETA, mode="search")(world, Sample(0))
+    assert bool((found.details["leaves"] == 8).all())
+    counts = torch.bincount(leaves(found)[found.picked], minlength=8)
+    assert counts.tolist() == pytest.approx([100] * 8, abs=4.5 * (100 * 7 / 8) ** 0.5)
+
+
 def test_what_a_search_puts_out():
     found = TreeSampling(10, 100, BETA, mode="search")(chain(1), Sample(0))
     seen = int(found.details["leaves"])

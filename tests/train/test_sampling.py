@@ -90,7 +90,7 @@ def test_a_reader_with_caches_says_what_a_pass_over_the_text_says(bench):
     reader = fit_reader(made.seen(), made.policy, lambda out, sample, place: out.square().mean(), epochs=1)
     torch.nn.init.normal_(reader.head.last.weight)
     chain = made.chain(examples, None)
-    joined = sampling.JointChain(chain.main, {sampling.BESIDE: reader.beside(chain.main)})
+    joined = sampling.JointChain(chain, {sampling.BESIDE: reader.beside(chain)})
     x = joined.init(2)
     for step in range(5):
         x = joined.extend(x, joined.propose(x, 1, Sample(step))[0])
@@ -99,7 +99,7 @@ def test_a_reader_with_caches_says_what_a_pass_over_the_text_says(bench):
     cached = reader(joined, x)
     assert int(joined.meter.scored.sum()) - before == int(x.length[x.done].sum())
     bare = sampling.Prefix(x.tokens, x.logp, x.length, x.stop, x.prompt)
-    torch.testing.assert_close(cached, reader(chain.main, bare), rtol=0, atol=1e-3)
+    torch.testing.assert_close(cached, reader(chain, bare), rtol=0, atol=1e-3)
 
 
 def test_a_value_is_written_and_read(bench, tmp_path):
@@ -108,9 +108,9 @@ def test_a_value_is_written_and_read(bench, tmp_path):
         value, facts = fit_value(made.seen(), made.policy, "mean", own_body=own_body, epochs=1)
         value.save(tmp_path / f"value{own_body}", **facts)
         again = LearnedValue.load(tmp_path / f"value{own_body}")
-        chain = made.chain(examples, None).main
+        chain = made.chain(examples, None)
         x = chain.complete(chain.init(1), 2, Sample(0))
-        torch.testing.assert_close(again(chain, x, Sample(0)), value(chain, x, Sample(0)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(again.reader(chain, x), value.reader(chain, x), rtol=0, atol=1e-5)
         assert (again.kind, again.low, again.high) == (value.kind, value.low, value.high)
 
 
@@ -127,7 +127,7 @@ def test_log_z_and_kl_agree_with_long_run_averages(bench):
     """300 runs of SMC with 8 particles against 8192 plain completions, on one prompt."""
     made, examples = bench
     example = examples[0]
-    chain = made.chain([example], None).main
+    chain = made.chain([example], None)
     x = chain.complete(chain.init(1), 8192, Sample(5))
     beta = 0.05
     chain.reward_of = sampling.TextReward(made.functions, [example], made.encoder)

@@ -11,14 +11,17 @@ from keel.cli.options import (
     BesidePrompt,
     Beta,
     Data,
+    EngineName,
     Json,
     Model,
     ModelArgument,
     Reward,
     Seed,
+    Server,
     Set,
     Step,
     Task,
+    Top,
     ValueOf,
     pairs,
     texts,
@@ -42,6 +45,9 @@ def sample(
     beside: BesideModel = None,
     beside_prompt: BesidePrompt = None,
     step: Step = None,
+    engine: EngineName = None,
+    server: Server = None,
+    top: Top = None,
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=1, help="Held-out prompts.")] = 4,
     task: Task = None,
     data: Data = None,
@@ -57,6 +63,7 @@ def sample(
     report = quiet_or_bars(as_json)
     settings = pairs(set_)
     only = {"num_particles": num_particles, "beta": beta, "value": value, "reward": reward, "step": step, "data": data}
+    only |= {"engine": engine, "server": server, "top": top}
     if method is None:
         given = [name for name, setting in only.items() if setting is not None]
         if given:
@@ -81,6 +88,9 @@ def sample(
         value=value,
         beside=besides(beside, beside_prompt),
         step=newlines(step),
+        engine=engine,
+        server=server,
+        top=top,
         report=report,
         **options,
     )

@@ -49,6 +49,21 @@ BesidePrompt = Annotated[
 Step = Annotated[
     str | None, typer.Option("--step", help="Text that ends a step, such as '\\n\\n'; samplers go by token without it.")
 ]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="URL",
+        help="Samplers draw from the model at this address (http://127.0.0.1:8000); --model gives its tokenizer.",
+    ),
+]
+EngineName = Annotated[
+    str | None, typer.Option("--engine", help="local; server (--server, or OPENAI_BASE_URL); vllm, with --step.")
+]
+Top = Annotated[
+    int | None,
+    typer.Option("--top", min=1, help="Likeliest next tokens that a server is asked for, and that samplers see."),
+]
 
 
 class Classes(StrEnum):

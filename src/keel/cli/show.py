@@ -201,6 +201,7 @@ def print_accounts(accounts: list[Any], as_json: bool) -> None:
 def _cost(account: Any) -> str:
     parts = [f"{account.generated} tokens generated"]
     parts += [f"{account.scored} scored"] if account.scored else []
+    parts += [f"{account.read} read again"] if account.read else []
     parts += [f"{account.rewards} rewards", f"ESS {account.ess:.1f}"]
     parts += [] if math.isnan(account.log_z) else [f"log Z {account.log_z:.3f} +- {account.log_z_error:.3f}"]
     parts += [] if math.isnan(account.kl) else [f"KL {'<= ' if account.kl_is_bound else ''}{account.kl:.3f}"]
@@ -210,6 +211,7 @@ def _cost(account: Any) -> str:
 
 def print_samplers(as_json: bool) -> None:
     """The catalogue of samplers."""
+    import keel.rollouts.samplers  # noqa: F401 (they join the catalogue)
     from keel.sampling.catalogue import SAMPLERS
 
     if as_json:

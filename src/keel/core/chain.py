@@ -6,12 +6,14 @@ and a terminal reward r. Its tilt, the law that every sampler is after, is
     p*(x_K) = p_0(x_K) exp(r(x_K) / beta) / Z,    psi_K = exp(r / beta),    psi_t(x) = E_{p_0}[psi_{t+1} | x],
     V_t = beta log psi_t,    p*(x' | x) = p_0(x' | x) exp((V_{t+1}(x') - V_t(x)) / beta)
 
-States and actions are batches of B = P N entries, those of a prompt together. `TokenChain` is the base of chains over
-tokens; a chain over latents needs the protocol only.
+States and actions are batches of B = P N entries, those of a prompt together: tensors or, if they are more than one,
+frozen dataclasses of tensors with B in front. `TokenChain` is the base of chains over tokens; a chain over latents
+needs the protocol only.
 
 Letters: P prompts, N particles, B = P N states, V vocabulary, T tokens at most, m draws for each state.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -88,8 +90,12 @@ class Chain(Protocol[X]):
         """Finished states."""
         ...
 
-    def complete(self, x: X, m: int, rng: Choice) -> X:
-        """m finished states for each state, drawn from the prior."""
+    def complete(self, x: X, m: int, rng: Choice, where: Bool[Tensor, "B"] | None = None) -> X:
+        """m finished states for each state, drawn from the prior; x stays as it is.
+
+        For states that `where` leaves out nothing is drawn and nothing counted: what stands in the place of their ends
+        is finished, and means nothing. What the others draw does not depend on it.
+        """
         ...
 
     def reward(self, x: X, where: Bool[Tensor, "B"] | None = None) -> Float[Tensor, "B"]:
@@ -106,7 +112,24 @@ class Chain(Protocol[X]):
 
 
 Reward = Callable[["Prefix"], Float[Tensor, "B"]]  # of states that are all finished
-Value = Callable[["TokenChain", "Prefix", Choice], Float[Tensor, "B"]]  # of states that are all unfinished
+Value = Callable[["TokenChain", "Prefix", Choice], Float[Tensor, "B"]]  # of all states; only some may count
+FIELDS = ("tokens", "logp", "length", "stop", "prompt")  # of a `Prefix`, without its memory
+
+
+@runtime_checkable
+class MaskedValue(Protocol):
+    """A value that is dear, and can be told which states it is asked about."""
+
+    def masked(self, chain: Any, x: Any, rng: Choice, where: Bool[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """Estimates of V; anything for the states that `where` leaves out."""
+        ...
+
+
+def estimate(
+    value: Callable[[Any, Any, Choice], Float[Tensor, "B"]], chain: Any, x: Any, rng: Choice, where: Bool[Tensor, "B"]
+) -> Float[Tensor, "B"]:
+    """What a value says of the states asked for; anything of the others."""
+    return value.masked(chain, x, rng, where) if isinstance(value, MaskedValue) else value(chain, x, rng)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +163,19 @@ class Prefix:
     def text(self, row: int) -> list[int]:
         """Tokens of one state."""
         return self.tokens[row, : int(self.length[row])].tolist()
+
+    def spread(self, place: Int[Tensor, "n"], prompt: Int[Tensor, "B"], pad: int) -> "Prefix":
+        """These states in places of a larger batch, without memory; in the others stand finished ones without tokens.
+
+        Args:
+            place: of each state, shape [n].
+            prompt: of all B.
+            pad: token that stands after the end.
+        """
+        zeros = torch.zeros_like(prompt)
+        tokens = self.tokens.new_full((len(prompt), self.tokens.shape[1]), pad)
+        empty = Prefix(tokens, self.logp.new_zeros(tokens.shape), zeros, zeros + int(Stop.LENGTH), prompt)
+        return Prefix(*(getattr(empty, name).index_copy(0, place, getattr(self, name)) for name in FIELDS))
 
 
 class TokenChain(ABC):
@@ -245,21 +281,28 @@ class TokenChain(ABC):
 
     def select(self, x: Prefix, index: Int[Tensor, "n"]) -> Prefix:
         """See `Chain`."""
-        rest = {name: getattr(x, name)[index] for name in ("tokens", "logp", "length", "stop", "prompt")}
+        rest = {name: getattr(x, name)[index] for name in FIELDS}
         return Prefix(**rest, memory=self._moved(x.memory, index, x))
 
     def is_done(self, x: Prefix) -> Bool[Tensor, "B"]:
         """See `Chain`."""
         return x.done
 
-    def complete(self, x: Prefix, m: int, rng: Choice) -> Prefix:
-        """See `Chain`."""
-        if m > 1:
-            x = self.select(x, torch.arange(len(x), device=self.device).repeat_interleave(m))
-        while not bool(x.done.all()):
-            action, _ = self.propose(x, 1, rng, "complete")
-            x = self.extend(x, action)
-        return x
+    def complete(self, x: Prefix, m: int, rng: Choice, where: Bool[Tensor, "B"] | None = None) -> Prefix:
+        """See `Chain`; the rounds that one prompt needs shift no numbers of another, nor of later requests."""
+        rng, prompt = rng.scope("complete"), x.prompt.repeat_interleave(m)
+        asked = torch.ones_like(x.done) if where is None else where
+        place = asked.repeat_interleave(m).nonzero(as_tuple=True)[0]
+        some = self.select(x, place // m)
+        while not bool(some.done.all()):
+            log_p = self.log_probs(some)
+            grid = log_p.new_full((len(prompt), log_p.shape[1]), -math.inf)
+            grid[:, self.pad] = 0.0  # nothing to decide in the other places
+            grid[place] = log_p
+            action = rng.categorical(grid.view(self.prompts, -1, grid.shape[1]), "token").flatten()[place]
+            self.meter.add("generated", ~some.done, some.prompt)
+            some = self.extend(some, action)
+        return some if len(place) == len(prompt) else some.spread(place, prompt, self.pad)
 
     def reward(self, x: Prefix, where: Bool[Tensor, "B"] | None = None) -> Float[Tensor, "B"]:
         """See `Chain`."""
@@ -268,13 +311,15 @@ class TokenChain(ABC):
         return self._of(self.reward_of, x, wanted)
 
     def value(self, x: Prefix, rng: Choice, where: Bool[Tensor, "B"] | None = None) -> Float[Tensor, "B"]:
-        """See `Chain`; a value that needs randomness, or the whole batch, is called with all states."""
+        """See `Chain`; a value is called with all states, so that its randomness has its place, and may be masked."""
         asked = torch.ones_like(x.done) if where is None else where
         found = self.reward(x, asked)
         if self.value_of is None:
             return found
         wanted = ~x.done & asked
-        return torch.where(wanted, self.value_of(self, x, rng).to(found), found) if bool(wanted.any()) else found
+        if not bool(wanted.any()):
+            return found
+        return torch.where(wanted, estimate(self.value_of, self, x, rng, wanted).to(found), found)
 
     def key(self, x: Prefix) -> list[Hashable]:
         """See `Chain`: the prompt's number and the tokens."""
@@ -288,5 +333,5 @@ class TokenChain(ABC):
         if judge is None or not bool(wanted.any()):
             return found
         index = wanted.nonzero(as_tuple=True)[0]
-        some = Prefix(*(getattr(x, name)[index] for name in ("tokens", "logp", "length", "stop", "prompt")))
+        some = Prefix(*(getattr(x, name)[index] for name in FIELDS))
         return found.index_copy(0, index, judge(some).to(found))

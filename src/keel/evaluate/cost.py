@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from keel.evaluate.intervals import Interval, mean_interval
 
-NUMBERS = ("generated", "scored", "rewards", "ess", "log_z", "log_z_error", "kl", "seconds")
+NUMBERS = ("generated", "scored", "read", "rewards", "ess", "log_z", "log_z_error", "kl", "seconds")
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Point:
     Args:
         size: the setting that makes the budget (particles, candidates, rollouts).
         accuracy: share of outputs that are correct, with its interval over prompts.
-        numbers: means over prompts and seeds: tokens generated and scored, rewards asked for, ESS, log Z and its error,
-            KL of the output, seconds a prompt; NaN where the method has none.
+        numbers: means over prompts and seeds: tokens generated, scored, and read again by a server; rewards asked for,
+            ESS, log Z and its error, KL of the output, seconds a prompt; NaN where the method has none.
         kl_is_bound: whether the KL is an upper bound.
         prompts, seeds: how many.
     """

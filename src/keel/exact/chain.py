@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keel.core.chain import Prefix, TokenChain, Value
@@ -88,19 +88,24 @@ class TabularChain(TokenChain):
             return torch.full_like(tokens, -1)
         return torch.where(tokens == self.space.eos, int(Stop.EOS), -1)
 
-    def complete(self, x: Prefix, m: int, rng: Choice) -> Prefix:
+    def complete(self, x: Prefix, m: int, rng: Choice, where: Bool[Tensor, "B"] | None = None) -> Prefix:
         """See `Chain`; from the start, whole sequences are drawn at once."""
         if bool(x.length.any()) or bool(x.done.any()):
-            return super().complete(x, m, rng)
+            return super().complete(x, m, rng, where)
         tokens, lengths = self.space.sequences()
         log_p = torch.stack([self.logits.log_prob(self.space.rows(q)) for q in range(self.space.prompts)]).detach()
-        grid = log_p.double()[self.index].unsqueeze(1).expand(self.prompts, len(x) // self.prompts, -1)
-        found = rng.categorical(grid, "complete", m).flatten()
+        asked = torch.ones_like(x.done) if where is None else where
+        certain = torch.full_like(log_p[0], -math.inf, dtype=torch.float64)
+        certain[0] = 0.0
+        grid = torch.where(asked[:, None], log_p.double()[self.index[x.prompt]], certain)
+        found = rng.categorical(grid.view(self.prompts, -1, len(certain)), "complete", m).flatten()
+        asked = asked.repeat_interleave(m)
         done = self.init(len(x) // self.prompts * m)
-        self.meter.add("generated", lengths[found])
+        self.meter.add("generated", lengths[found] * asked)
         for t in range(self.horizon):
             done = self.extend(done, tokens[found, t])
-        return done
+        place = asked.nonzero(as_tuple=True)[0]
+        return done if len(place) == len(done) else self.select(done, place).spread(place, done.prompt, self.pad)
 
 
 class _Table:

@@ -74,6 +74,44 @@ def load(
         raise
 
 
+class Outline(LanguageModel):
+    """A model without its weights: what its configuration and its tokenizer say of tokens, ends and context."""
+
+    def _find_head(self) -> Any:
+        return None  # that takes weights
+
+
+def outline(name: str | Path, tokenizer: Any = None) -> Outline:
+    """What is known of a model that runs elsewhere, from the same folder or hub name, without reading its weights.
+
+    Raises:
+        UserError: nothing there, no network, or no tokenizer.
+    """
+    path = Path(name).expanduser()
+    name, library = str(path) if path.is_dir() else str(name), _transformers()
+    with _quiet():
+        try:
+            if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+                from peft import PeftConfig
+
+                own = (path / "tokenizer_config.json").exists()
+                tokenizer = library.AutoTokenizer.from_pretrained(name) if tokenizer is None and own else tokenizer
+                return outline(str(PeftConfig.from_pretrained(name).base_model_name_or_path), tokenizer)
+            options = {"local_files_only": path.is_dir() or not _on_hub(name), "trust_remote_code": False}
+            tokenizer = tokenizer or library.AutoTokenizer.from_pretrained(name, **options)
+            with torch.device("meta"):
+                module = library.AutoModelForCausalLM.from_config(library.AutoConfig.from_pretrained(name, **options))
+            with contextlib.suppress(OSError):  # not every model has generation settings of its own
+                module.generation_config = library.GenerationConfig.from_pretrained(
+                    name, local_files_only=path.is_dir()
+                )
+        except KeelError:
+            raise
+        except Exception as error:
+            raise _explained(error, name, path.is_dir()) from error
+    return Outline(module, tokenizer)
+
+
 def save(model: LanguageModel, path: str | Path) -> None:
     """Write weights (safetensors) and tokenizer for `from_pretrained` and `load`; of LoRA the adapter only."""
     module: Any = model.module

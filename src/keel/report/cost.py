@@ -49,7 +49,8 @@ def cost_page(curves: Sequence[Curve], command: str | None = None) -> str:
 
 def cost_table(curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of all numbers, for pages and the terminal."""
-    head = ["sampler", "size", "accuracy", "generated", "scored", "ESS", "log Z", "KL", "ms"]
+    sent = any(point.numbers.get("read") for curve in curves for point in curve.points)
+    head = ["sampler", "size", "accuracy", "generated", "scored", *["read"][:sent], "ESS", "log Z", "KL", "ms"]
     rows = []
     for curve in curves:
         for point in curve.points:
@@ -57,7 +58,7 @@ def cost_table(curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
             error = "" if math.isnan(n["log_z_error"]) else f" ± {n['log_z_error']:.2f}"
             log_z = "" if math.isnan(n["log_z"]) else f"{n['log_z']:.2f}{error}"
             kl = "" if math.isnan(n["kl"]) else f"{'≤ ' if point.kl_is_bound else ''}{n['kl']:.2f}"
-            tokens = [f"{n['generated']:.0f}", f"{n['scored']:.0f}"]
+            tokens = [f"{n[name]:.0f}" for name in ("generated", "scored", *["read"][:sent])]
             spent = [f"{n['ess']:.1f}", log_z, kl, f"{1000 * n['seconds']:.1f}"]
             rows.append([curve.name, str(point.size), str(point.accuracy), *tokens, *spent])
     return head, rows
@@ -93,7 +94,8 @@ def cost_figure(curves: Sequence[Curve]) -> Figure:
     said = "; ".join(
         f"{c.name}: " + ", ".join(f"{p.accuracy.value:.2f} at {p.tokens:.0f} tokens" for p in c.points) for c in curves
     )
-    x = {"title": "tokens through a model, for one prompt", "type": "log"}
+    ticks = [factor * 10**power for power in range(7) for factor in (1, 2, 5)]
+    x = {"title": "tokens through a model, for one prompt", "type": "log", "tickvals": ticks, "ticktext": ticks}
     height = 420 + 20 * math.ceil(len(curves) / 4)
     y = {"title": "accuracy", "tickformat": ".0%"}
     return Figure(
@@ -140,9 +142,9 @@ def cost_picture(curves: Sequence[Curve], theme: Theme = "light") -> str:
     x_range = min(p.tokens for p in points) / 1.15, max(p.tokens for p in points) * 1.15
     low = min(min(p.accuracy.low, p.accuracy.value) if p.accuracy.known else p.accuracy.value for p in points)
     longest = max(sum(curve.family == family for curve in rest) for family in families)
-    cell = _PANEL_HEIGHT + 66 + 20 * (longest + 1)
+    cell = _PANEL_HEIGHT + 126 + 20 * (longest + 1)
     width = across * (_PANEL_WIDTH + _MARGIN) + 20
-    height = math.ceil(len(families) / across) * cell + 34
+    height = math.ceil(len(families) / across) * cell + 8
     parts = []
     for place, family in enumerate(families):
         left = (place % across) * (_PANEL_WIDTH + _MARGIN) + _MARGIN

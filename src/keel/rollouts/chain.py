@@ -16,6 +16,7 @@ from keel.core.rows import Rows, Stop
 from keel.rollouts.caches import Workspace
 from keel.rollouts.decoding import Prompts, Stepper, StopStrings
 from keel.rollouts.sampling import Sampling
+from keel.rollouts.states import rows_of
 
 if TYPE_CHECKING:
     from keel.rollouts.local import LocalGenerator
@@ -113,37 +114,40 @@ class LocalChain(TokenChain):
 
     def rows(self, x: Prefix) -> Rows:
         """Prompts and completions as rows, a group for each prompt."""
-        prompts = self._asked(self.texts, self.horizon)
-        place = x.prompt
-        mask = torch.arange(self.horizon, device=self.device) < x.length[:, None]
-        index = torch.as_tensor(self.data_index, device=self.device)[place]
-        made = Rows.build(
-            prompts.ids[prompts.index[place]],
-            prompts.mask[prompts.index[place]],
-            x.tokens,
-            mask,
-            stop=torch.where(x.stop < 0, int(Stop.LENGTH), x.stop),
-            group=place,
-            data_index=index,
-            logp={"behaviour": x.logp},
-        )
-        return made.trim()
+        texts = [text or (self.model.start_id,) for text in self.texts]
+        return rows_of(x, texts, self.pad, self.data_index)
 
     # -- completions -----------------------------------------------------------------------------------------------
 
-    def complete(self, x: Prefix, m: int, rng: Choice) -> Prefix:
-        """See `Chain`; whole completions go through the generator, which is faster and drops finished rows."""
+    def complete(self, x: Prefix, m: int, rng: Choice, where: Bool[Tensor, "B"] | None = None) -> Prefix:
+        """See `Chain`; whole completions go through the generator, which is faster and drops finished rows.
+
+        It draws for whole prompts: one with several states, any of which is asked for, draws for all of them.
+        """
         if bool(x.length.any()) or bool(x.done.any()):
-            return super().complete(x, m, rng)
-        count = m * len(x) // self.prompts
-        texts = [text or (self.model.start_id,) for text in self.texts]
-        seed = rng.seed("complete")
-        rows = self.generator.generate(texts, count, self.sampling, seed=seed, data_index=self.data_index)
+            return super().complete(x, m, rng, where)
+        asked = torch.ones_like(x.done) if where is None else where
+        prompts = asked.view(self.prompts, -1).any(1).nonzero(as_tuple=True)[0]
+        if not len(prompts):
+            return super().complete(x, m, rng, where)
+        seed, count = rng.seed("complete"), m * len(x) // self.prompts
+        rows = self.generator.generate(
+            [self.texts[p] or (self.model.start_id,) for p in prompts.tolist()],
+            count,
+            self.sampling,
+            seed=seed,
+            data_index=[self.data_index[p] for p in prompts.tolist()],
+        )
         extra = self.horizon - rows.tokens.shape[1]
         tokens = torch.nn.functional.pad(rows.tokens, (0, extra), value=self.pad)
         logp = torch.nn.functional.pad(rows.logp["behaviour"], (0, extra))
-        self.meter.add("generated", rows.lengths)
-        return Prefix(tokens, logp, rows.lengths, rows.stop, rows.group)
+        prompt = prompts[rows.group]
+        self.meter.add("generated", rows.lengths, prompt)
+        found = Prefix(tokens, logp, rows.lengths, rows.stop, prompt)
+        if len(prompts) == self.prompts:
+            return found
+        place = (prompts[:, None] * count + torch.arange(count, device=self.device)).flatten()
+        return found.spread(place, x.prompt.repeat_interleave(m), self.pad)
 
     # -- the memory ------------------------------------------------------------------------------------------------
 

@@ -150,12 +150,30 @@ class Endpoint:
         owner = self._dialect or self._model.get("owned_by")
         return owner if owner in ("keel", "vllm") else "plain"
 
+    def prefer(self, name: str) -> None:
+        """Take the model of this name if the server has it, or else the only one that it has.
+
+        Raises:
+            UserError: it has several, and none of this name.
+        """
+        names = [model["id"] for model in self._listed]
+        if name not in names and len(names) != 1:
+            raise UserError(
+                f"the server has no model '{name}'",
+                self.url,
+                f"It has: {', '.join(names) or 'none'}. Name one of them.",
+            )
+        self._served = name if name in names else names[0]
+
+    @cached_property
+    def _listed(self) -> list[dict[str, Any]]:
+        return self._call(lambda: self.client.models.list().model_dump())["data"]
+
     @cached_property
     def _model(self) -> dict[str, Any]:
-        listed = self._call(lambda: self.client.models.list().model_dump())["data"]
-        wanted = [model for model in listed if self._served in (None, model["id"])]
+        wanted = [model for model in self._listed if self._served in (None, model["id"])]
         if not wanted:
-            names = ", ".join(model["id"] for model in listed) or "none"
+            names = ", ".join(model["id"] for model in self._listed) or "none"
             raise UserError(f"the server has no model '{self._served}'", self.url, f"It has: {names}.")
         return wanted[0]
 

@@ -6,15 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keel.core.chain import Prefix, Reward, TokenChain, Value
 from keel.core.chance import Choice
 from keel.core.errors import UserError
-from keel.core.rows import Stop
+from keel.core.rows import Rows, Stop
 from keel.rollouts.openai import OpenAIGenerator, in_order
 from keel.rollouts.sampling import Sampling
+from keel.rollouts.states import rows_of
 from keel.rollouts.steps import StepChain
 
 
@@ -35,6 +36,7 @@ class OpenAIChain(TokenChain):
         horizon: tokens at most.
         top: k, at most what the server gives (OpenAI's 5, vLLM's 20 unless it is told otherwise).
         temperature: of the prior.
+        data_index: identity of each prompt, for the randomness of whole completions; its place without it.
         reward, value: as of `TokenChain`.
 
     Raises:
@@ -51,6 +53,7 @@ class OpenAIChain(TokenChain):
         *,
         top: int = 5,
         temperature: float = 1.0,
+        data_index: Sequence[int] | None = None,
         reward: Reward | None = None,
         value: Value | None = None,
     ):
@@ -60,6 +63,7 @@ class OpenAIChain(TokenChain):
             raise ValueError(f"temperature must be positive, not {temperature}")
         vocabulary = generator.vocabulary
         super().__init__(len(prompts), horizon, vocabulary.pad_id, reward, value)
+        self.data_index = list(range(len(prompts))) if data_index is None else list(data_index)
         self.texts = [list(prompt) or [vocabulary.start_id] for prompt in prompts]
         self.generator, self.vocabulary, self.temperature = generator, vocabulary, temperature
         self.top = min(top, vocabulary.vocabulary_size)
@@ -102,18 +106,28 @@ class OpenAIChain(TokenChain):
         ids, values = self._shown(x)
         return values.masked_fill(ids != action[:, None], -math.inf).amax(1)
 
-    def complete(self, x: Prefix, m: int, rng: Choice) -> Prefix:
+    def complete(self, x: Prefix, m: int, rng: Choice, where: Bool[Tensor, "B"] | None = None) -> Prefix:
         """See `Chain`: one request for the whole rest of each."""
-        top = self.top if self.restricts else None
         steps = StepChain(
             self.texts,
             self.generator,
-            Sampling(self.temperature, top_k=top, max_completion_length=self.horizon),
+            self.sampling,
             pad=self.pad,
+            data_index=self.data_index,
             context=self.vocabulary.context_length,
         )
         steps.meter = self.meter
-        return replace(steps.complete(replace(x, memory=torch.zeros_like(x.length)), m, rng), memory=None)
+        return replace(steps.complete(replace(x, memory=torch.zeros_like(x.length)), m, rng, where), memory=None)
+
+    def rows(self, x: Prefix) -> Rows:
+        """Prompts and completions as rows, a group for each prompt."""
+        return rows_of(x, self.texts, self.pad, self.data_index)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How whole completions are drawn."""
+        top = self.top if self.restricts else None
+        return Sampling(self.temperature, top_k=top, max_completion_length=self.horizon)
 
     @property
     def restricts(self) -> bool:

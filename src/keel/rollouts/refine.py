@@ -197,7 +197,7 @@ class Refined:
     context: Int[Tensor, "P"]
 
 
-@part("parallel_distil_refine", paper=215)
+@part("refinement", paper=215)
 @dataclass(frozen=True)
 class ParallelDistilRefine:
     """Rounds of parallel drafts with a workspace between them; see the module.

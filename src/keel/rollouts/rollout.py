@@ -1,15 +1,37 @@
 """The rollout slot: how many completions of which prompts, and how they are drawn."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import keel.rollouts.samplers  # noqa: F401 (they join the catalogue)
+from keel.core.errors import ConfigError
 from keel.core.registry import part
 from keel.rollouts.sampling import Sampling
+from keel.sampling.catalogue import entry_named, entry_of, sampler
+from keel.sampling.values import MonteCarlo
+
+LEARNT = {  # what a sampler may need that no rollout has
+    "restart": "needs a learnt prediction of whether to start again",
+    "joint": "needs a learnt prediction of reward and length",
+    "models": "needs a further model or prompt beside the policy",
+}
 
 
 @part("rollout")
 @dataclass(frozen=True)
 class Rollout:
-    """Independent samples, a group for each prompt.
+    """A group of completions for each prompt: independent samples of the policy, or what a sampler makes of it.
+
+    With a sampler the rows of a group are either the weighted particles of one run (SMC and its kin; row weights N W_i,
+    1 on average), whose number is num_generations, or the picks of as many runs (best of N, rejection, searches), each
+    with the sampler's own num_particles. `keel.sampling.catalogue` says which.
+
+    Such rows are no samples of the policy. What a recipe takes a mean over is then taken under the sampler's law: a
+    policy gradient becomes E_tilt[A grad log pi], which raises what is better than the tilt's mean and is not the
+    gradient of E_pi[r]; group means, deviations and the metric `reward` are the tilt's. The sampler is told the sum of
+    the reward functions, before any transform of the rewards but the weights of a `WeightedSum`. Without a value an
+    unfinished text counts as one of reward 0: where rewards are positive, those that end first take over the others'
+    places, and at a small beta a group soon holds one text.
 
     Args:
         num_prompts: prompts a batch.
@@ -19,9 +41,12 @@ class Rollout:
         max_prompt_length: tokens at most, cut from the left and counted; None keeps all.
         stop_strings: texts that end a completion.
         greedy_baseline: adds a greedy completion to each group, for ReMax; it never enters the loss.
+        sampler: a part of `keel.sampling`, or its name in the catalogue; None draws independent samples.
+        value: what a sampler takes for the value of unfinished texts: "monte_carlo:M", or None for 0.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting out of its range, or a sampler that cannot serve here.
+        ConfigError: there is no sampler of that name.
     """
 
     num_prompts: int = 16
@@ -34,6 +59,8 @@ class Rollout:
     max_prompt_length: int | None = None
     stop_strings: tuple[str, ...] = ()
     greedy_baseline: bool = False
+    sampler: Any = None
+    value: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "num_generations"):
@@ -44,6 +71,11 @@ class Rollout:
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length must be at least 1, not {self.max_prompt_length}")
         _ = self.sampling
+        if isinstance(self.sampler, str):
+            object.__setattr__(self, "sampler", named_sampler(self.sampler, {}))
+        self._check_sampler()
+        if self.grouped and self.sampler.num_particles != self.num_generations:
+            object.__setattr__(self, "sampler", replace(self.sampler, num_particles=self.num_generations))
 
     @property
     def sampling(self) -> Sampling:
@@ -51,3 +83,58 @@ class Rollout:
         return Sampling(
             self.temperature, self.top_k, self.top_p, self.min_p, self.max_completion_length, self.stop_strings
         )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the rows of a group are the particles of one run."""
+        return self.sampler is not None and entry_of(self.sampler).group == "particles"
+
+    @property
+    def value_of(self) -> MonteCarlo | None:
+        """The value of unfinished texts; in the sampler's own beta, where it has one."""
+        if self.value is None:
+            return None
+        kind, _, count = self.value.partition(":")
+        if kind != "monte_carlo" or not count.isdigit():
+            raise ValueError(f"value must be monte_carlo:M with M completions, not '{self.value}'")
+        return MonteCarlo(int(count), getattr(self.sampler, "beta", None))
+
+    def _check_sampler(self) -> None:
+        value = self.value_of
+        if self.sampler is None:
+            if value is not None:
+                raise ValueError("value is what a sampler goes by, and there is no sampler")
+            return
+        try:
+            entry = entry_of(self.sampler)
+        except ConfigError as error:
+            raise ConfigError(error.what, "rollout.sampler", error.fix) from None
+        if entry.needs in LEARNT:
+            raise ValueError(_refusal(type(self.sampler).__name__, entry.needs))
+        if self.greedy_baseline:
+            raise ValueError("a greedy baseline is that of independent samples of the policy: take it or a sampler")
+        if getattr(self.sampler, "draw", True) is False and self.num_generations > 1:
+            what = "draws nothing by chance, so that all completions of a group would be the same"
+            raise ValueError(f"{type(self.sampler).__name__} {what}: set rollout.sampler.draw=true")
+
+
+def named_sampler(name: str, options: dict[str, Any]) -> Any:
+    """A sampler for a rollout, by its name in the catalogue, with options by their (dotted) names.
+
+    >>> named_sampler("smc", {"beta": 0.5}).beta
+    0.5
+
+    Raises:
+        ConfigError: an unknown name or option, or a sampler that needs what a rollout does not have.
+    """
+    try:
+        needs = entry_named(name).needs
+    except ConfigError as error:
+        raise ConfigError(error.what, "rollout.sampler", error.fix) from None
+    if needs in LEARNT:
+        raise ConfigError(_refusal(name, needs), "rollout.sampler", "`keel sample --method` and `keel eval` serve it.")
+    return sampler(name, options)
+
+
+def _refusal(name: str, needs: str) -> str:
+    return f"{name} {LEARNT[needs]}, so it cannot draw the rows of training"

@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keel.core.chain import Meter, Prefix, Reward
+from keel.core.chain import Meter, Prefix, Reward, estimate
 from keel.core.chance import Choice
 from keel.core.rows import Rows, Stop
 from keel.rollouts.decoding import text_of
 from keel.rollouts.sampling import Generator, Sampling
+from keel.rollouts.states import rows_of
 
 SLOTS = 1 << 24  # states of one prompt that have identities of their own
 StepValue = Callable[["StepChain", Prefix, Choice], Float[Tensor, "B"]]
@@ -137,11 +138,15 @@ class StepChain:
         """See `Chain`."""
         return x.done
 
-    def complete(self, x: Prefix, m: int, rng: Choice) -> Prefix:
+    def complete(self, x: Prefix, m: int, rng: Choice, where: Bool[Tensor, "B"] | None = None) -> Prefix:
         """See `Chain`: one call that stops at no delimiter; with `max_steps`, step by step."""
-        many = self.select(x, torch.arange(len(x)).repeat_interleave(m))
+        rng, rows = rng.scope("complete"), torch.arange(len(x))
+        if where is not None:
+            place = where.nonzero(as_tuple=True)[0]
+            x = replace(self.select(x, place).spread(place, x.prompt, self.pad), memory=x.memory)
+        many = self.select(x, rows.repeat_interleave(m))
         if self.max_steps is None:
-            return self.extend(many, self._draw(x, m, self.sampling, rng.seed("complete")))
+            return self.extend(many, self._draw(x, m, self.sampling, rng.seed("rest")))
         while not bool(many.done.all()):
             many = self.extend(many, self.propose(many, 1, rng)[0])
         return many
@@ -157,17 +162,21 @@ class StepChain:
         return found.index_copy(0, index, self.reward_of(replace(self.select(x, index), memory=None)).to(found))
 
     def value(self, x: Prefix, rng: Choice, where: Bool[Tensor, "B"] | None = None) -> Float[Tensor, "B"]:
-        """See `Chain`; the value is called with all states, unfinished or not."""
+        """See `Chain`; the value is called with all states, and may be masked."""
         asked = torch.ones_like(x.done) if where is None else where
         found = self.reward(x, asked)
         wanted = ~x.done & asked
         if self.value_of is None or not bool(wanted.any()):
             return found
-        return torch.where(wanted, self.value_of(self, x, rng).to(found), found)
+        return torch.where(wanted, estimate(self.value_of, self, x, rng, wanted).to(found), found)
 
     def key(self, x: Prefix) -> list[Hashable]:
         """See `Chain`: the prompt's number and the tokens."""
         return [(int(p), *x.text(i)) for i, p in enumerate(x.prompt.tolist())]
+
+    def rows(self, x: Prefix) -> Rows:
+        """Prompts and completions as rows, a group for each prompt."""
+        return rows_of(x, self.texts, self.pad, self.data_index)
 
     # -- drawing ---------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from keel.rollouts.local import LocalGenerator, evaluating
 from keel.rollouts.steppers import CacheStepper
 
 
-@part("v_reason", paper=45)
+@part("value_tuning", paper=45)
 @dataclass(frozen=True)
 class ValueTuning:
     """How the cached values are tuned; see the module.

@@ -20,15 +20,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keel.core.chain import Chain, Prefix, TokenChain
+from keel.core.chain import FIELDS, Chain, Prefix, TokenChain
 from keel.core.chance import Choice
-from keel.core.errors import UserError
 from keel.core.registry import part
 from keel.exact.chain import TabularChain, mean_value_table
-from keel.sampling.particles import Particles
+from keel.sampling.kernels import by_token
+from keel.sampling.particles import Particles, best
 from keel.sampling.settings import positive, share
 
-FIELDS = ("tokens", "logp", "length", "stop", "prompt")
 NEWTON_STEPS = 100
 
 
@@ -262,7 +261,7 @@ class AdaptiveBestOf:
             predicted.append(c)
             drawn, draws = drawn + count, draws + active.long() * count
             active = active & (c.amin(1) >= self.stop_below)
-        return self._result(chain, beside(parts, chain.prompts), torch.cat(predicted, 1), draws)
+        return self._result(chain, beside(parts, chain.prompts), torch.cat(predicted, 1), draws, rng)
 
     def _heat(self, drawn: int, count: int) -> Float[Tensor, "k"]:
         given = [*self.temperatures] or [1.0]
@@ -296,11 +295,13 @@ class AdaptiveBestOf:
         rank = found.view(running.shape).argsort(stable=True, dim=1, descending=True).argsort(1)
         return running & (rank < losers)
 
-    def _result(self, chain: TokenChain, states: Prefix, c: Float[Tensor, "P N"], draws: Int[Tensor, "P"]) -> Particles:
+    def _result(
+        self, chain: TokenChain, states: Prefix, c: Float[Tensor, "P N"], draws: Int[Tensor, "P"], rng: Choice
+    ) -> Particles:
         drawn, place = c < math.inf, torch.arange(c.shape[1], device=c.device)
-        asked = place == c.argmin(1, keepdim=True) if self.output == "self" else drawn
+        asked = place == best(-c, rng)[:, None] if self.output == "self" else drawn
         reward = chain.reward(states, asked.flatten()).view(c.shape)
-        pick = reward.masked_fill(~asked, -math.inf).argmax(1)
+        pick = asked.int().argmax(1) if self.output == "self" else best(reward, rng, drawn)
         none = torch.full_like(c[:, 0], math.nan)
         return Particles(
             states=states,
@@ -334,17 +335,6 @@ def predictions(
         raise ValueError("restart must predict probabilities, in [0, 1]")
     chain.meter.add("scored", where.flatten())
     return torch.full_like(where, math.inf, dtype=torch.float64).flatten().index_copy(0, index, c).view(where.shape)
-
-
-def by_token(chain: Chain, name: str) -> TokenChain:
-    """The chain, if it writes token by token.
-
-    Raises:
-        UserError: it goes by steps.
-    """
-    if not isinstance(chain, TokenChain):
-        raise UserError("looks at samples while they are written, but this chain goes by steps", name, "Step by token.")
-    return chain
 
 
 def beside(parts: list[Prefix], prompts: int) -> Prefix:

@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keel.core.chain import Chain, TokenChain
+from keel.core.chain import Chain, Prefix, TokenChain
 from keel.core.chance import Choice
+from keel.core.errors import UserError
 from keel.core.registry import part
 from keel.sampling.kernels import bare
-from keel.sampling.particles import Particles
+from keel.sampling.particles import Particles, best
 from keel.sampling.settings import positive
 
 
@@ -46,9 +47,11 @@ class BeamSearch:
     With `draw`, or where a chain does not go by tokens, each beam draws its continuations from the prior, and equal
     ones count once: the beam search over steps to which other samplers are compared. The pick is the beam of the
     highest score; the weights, equal over the beams, are a description. Finished beams stay and compete as they are.
+    Of equal scores the first is kept, which is the likeliest continuation of the best beam; of drawn ones, any.
 
     `kl` is -log p_0 of the pick: exact for a deterministic search, else a bound in the mean. There is no estimate of
-    log Z, but the share of the beams is never above it: `log_z_floor` = log sum_i p_0(x_i) exp(r_i / beta).
+    log Z, but the share of the beams is never above it: `log_z_floor` = log sum_i p_0(x_i) exp(r_i / beta). Latents
+    have densities and no probabilities: they can be searched by value alone, and `kl` is NaN.
 
     Args:
         num_particles: N.
@@ -59,6 +62,7 @@ class BeamSearch:
 
     Raises:
         ValueError: a setting out of its range.
+        UserError: latents that are not to be drawn and compared by value, when called.
     """
 
     num_particles: int = 4
@@ -75,6 +79,12 @@ class BeamSearch:
     def __call__(self, chain: Chain, rng: Choice) -> Particles:
         """Search for all prompts of a chain."""
         x = chain.init(self.num_particles)
+        if not isinstance(x, Prefix) and not (self.draw and self.score == "value"):
+            raise UserError(
+                "goes by the probabilities of texts, and the states of this chain are none",
+                "beam_search",
+                "Set draw and score='value', or take soft_value_decoding.",
+            )
         zeros = torch.zeros(chain.prompts, self.num_particles, dtype=torch.float64, device=chain.is_done(x).device)
         beams = Beams(x, zeros, zeros, (torch.arange(self.num_particles) == 0).to(zeros.device).expand(zeros.shape))
         while not bool(chain.is_done(beams.x).all()):
@@ -95,10 +105,10 @@ class BeamSearch:
             pick=torch.zeros_like(none, dtype=torch.long),
             log_z=none,
             log_z_error=none,
-            kl=-beams.logp[:, 0],
+            kl=-beams.logp[:, 0] if isinstance(beams.x, Prefix) else none,
             meter=chain.meter,
             kl_is_bound=True,
-            details={"log_z_floor": tilt.logsumexp(1)},
+            details={"log_z_floor": tilt.logsumexp(1)} if isinstance(beams.x, Prefix) else {},
         )
 
     # -- two ways to go on -----------------------------------------------------------------------------------------
@@ -115,13 +125,13 @@ class BeamSearch:
             chain.meter.add("generated", alive.flatten() & ~chain.is_done(x))
             x = chain.extend(x, tokens.view(len(kept), -1).gather(1, kept).flatten())
             return Beams(x, logp.view(len(kept), -1).gather(1, kept), torch.zeros_like(beams.value), alive)
-        return self._kept(chain, beams, tokens.flatten(), logp, live, rng, count=True)
+        return self._kept(chain, beams, tokens.flatten(), logp, live, rng, drawn=False)
 
     def _drawn(self, chain: Chain, beams: Beams, rng: Choice) -> Beams:
         """By draws of the prior, each state once."""
         action, log_p = chain.propose(beams.x, self.num_candidates, rng, "candidates")
         logp = beams.logp.flatten()[:, None] + log_p.double()
-        return self._kept(chain, beams, action, logp, None, rng, count=False)
+        return self._kept(chain, beams, action, logp, None, rng, drawn=True)
 
     def _kept(
         self,
@@ -131,7 +141,7 @@ class BeamSearch:
         logp: Float[Tensor, "B m"],
         live: Bool[Tensor, "B m"] | None,
         rng: Choice,
-        count: bool,
+        drawn: bool,
     ) -> Beams:
         """The best of the candidates; which are live is a matter of their keys, if it is not known."""
         prompts, m = len(beams.logp), logp.shape[1]
@@ -145,9 +155,10 @@ class BeamSearch:
             chain.meter.add("scored", asked)
             value = torch.where(before, value, chain.value(after, rng, asked))
         score = {"logp": logp.flatten(), "tilt": logp.flatten() + value / self.beta, "value": value}[self.score]
-        kept, alive = _top(score.masked_fill(~live.flatten(), -math.inf).view(prompts, -1), self.num_particles)
+        score = score.masked_fill(~live.flatten(), -math.inf).view(prompts, -1)
+        kept, alive = _turns(score, self.num_particles, rng) if drawn else _top(score, self.num_particles)
         index = _rows(kept, self.num_particles * m)
-        if count:
+        if not drawn:
             chain.meter.add("generated", alive.flatten() & ~before[index])
         grid = alive.shape
         return Beams(chain.select(after, index), logp.flatten()[index].view(grid), value[index].view(grid), alive)
@@ -160,6 +171,19 @@ def _top(score: Float[Tensor, "P C"], count: int) -> tuple[Int[Tensor, "P N"], B
     alive = score.gather(1, order) > -math.inf
     alive[:, score.shape[1] :] = False
     return torch.where(alive, order, order[:, :1]), alive
+
+
+def _turns(score: Float[Tensor, "P C"], count: int, rng: Choice) -> tuple[Int[Tensor, "P N"], Bool[Tensor, "P N"]]:
+    """As `_top`, with equals in any order, for that of draws means nothing."""
+    left, order, alive = score, [], []
+    for _ in range(count):
+        among = left > -math.inf
+        alive.append(among.any(1))
+        among = torch.cat([among[:, :1] | ~alive[-1][:, None], among[:, 1:]], 1)
+        order.append(best(left, rng, among, "equals"))
+        left = left.scatter(1, order[-1][:, None], -math.inf)
+    kept, some = torch.stack(order, 1), torch.stack(alive, 1)
+    return torch.where(some, kept, kept[:, :1]), some
 
 
 def _rows(place: Int[Tensor, "P N"], width: int) -> Int[Tensor, "B"]:

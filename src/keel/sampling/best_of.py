@@ -17,14 +17,14 @@ from torch import Tensor
 from keel.core.chain import Chain
 from keel.core.chance import Choice
 from keel.core.registry import part
-from keel.sampling.particles import Particles, log_z_error, normalised, spent
+from keel.sampling.particles import Particles, best, log_z_error, normalised, spent
 from keel.sampling.settings import positive
 
 
 @part("best_of_n")
 @dataclass(frozen=True)
 class BestOf:
-    """The best of N completions by reward; the first of equals.
+    """The best of N completions by reward; of equals, each is as likely.
 
     Its weights, spread evenly over the completions of the highest reward, are a description; it has no log Z.
 
@@ -51,7 +51,7 @@ class BestOf:
             states=states,
             log_w=(top.to(reward) / top.sum(1, keepdim=True)).log(),
             reward=reward,
-            pick=reward.argmax(1),
+            pick=best(reward, rng),
             log_z=none,
             log_z_error=none,
             kl=torch.full_like(none, math.log(n) - (n - 1) / n),

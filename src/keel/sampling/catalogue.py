@@ -84,7 +84,7 @@ def cfg(other: str = "unconditional", gamma: float = 1.5, **options: Any) -> Dec
 
 
 TILT = "the tilt"
-SAMPLERS: Mapping[str, Entry] = {
+SAMPLERS: dict[str, Entry] = {  # keel.rollouts.samplers adds those that need a generator
     "best_of_n": Entry(BestOf, "the best of N completions", "best of N; blind to beta", group="picks"),
     "soft_best_of_n": Entry(SoftBestOf, "one of N completions by softmax(r / beta)", f"{TILT} as N grows", tilts=True),
     "rejection": Entry(

@@ -78,6 +78,11 @@ class UncertaintyContrast:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the other chains."""
+        return (self.other,)
+
     def log_q(self, chain: TokenChain, x: Prefix, rng: Choice, beta: float) -> Float[Tensor, "B V"]:
         """See `Kernel`."""
         both = joined(chain, self)
@@ -113,6 +118,11 @@ class Guidance:
     def __post_init__(self) -> None:
         if not 0 <= self.gamma < math.inf:
             raise ValueError(f"gamma must not be negative, but is {self.gamma}")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the other chains."""
+        return (self.other,)
 
     def log_q(self, chain: TokenChain, x: Prefix, rng: Choice, beta: float) -> Float[Tensor, "B V"]:
         """See `Kernel`."""

@@ -67,6 +67,11 @@ class DynamicFusion:
         _one_of("active", self.active, "all", "one")
         _one_of("search", self.search, "ray", "grid")
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the other chains."""
+        return (self.base, *self.experts)
+
     def log_q(self, chain: TokenChain, x: Prefix, rng: Choice, beta: float) -> Float[Tensor, "B V"]:
         """See `Kernel`."""
         large, small, experts = self._read(chain, x)

@@ -11,15 +11,16 @@ Source: Andrieu, Doucet and Holenstein, "Particle Markov chain Monte Carlo metho
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from keel.core.chain import Chain, Prefix, TokenChain
+from keel.core.chain import Chain
 from keel.core.chance import Choice
-from keel.core.errors import UserError
 from keel.core.registry import part
 from keel.sampling.kernels import bare
 from keel.sampling.particle_filter import Weight, filtered, known_weight
@@ -31,14 +32,14 @@ from keel.sampling.smc import Pinned, Swarm, advance, finish, running
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """A finished state for each prompt, to be pinned.
+    """What leads to a finished state of each prompt, to be pinned.
 
     Args:
-        states: P finished states, one for each prompt.
+        actions: of each of R rounds, P in each; those of a state that is finished by then do not count.
         values: of the state after each round, shape [P, R]; without them the chain is asked again.
     """
 
-    states: Prefix
+    actions: Sequence[Any]
     values: Float[Tensor, "P R"] | None = None
 
 
@@ -48,25 +49,25 @@ class Sweep:
 
     Args:
         swarm: its particles, all finished.
+        actions: of all P N particles in each round.
         ancestors: slot from which each particle came in each round, each of shape [P, N].
         values: of the particles after each round, each of shape [P, N].
     """
 
     swarm: Swarm
+    actions: list[Any]
     ancestors: list[Int[Tensor, "P N"]]
     values: list[Float[Tensor, "P N"]]
 
     def path(self, pick: Int[Tensor, "P"]) -> Path:
         """The path that ends in one particle of each prompt."""
-        count = self.swarm.log_w.shape[1]
-        rows = torch.arange(len(pick), device=pick.device) * count + pick
-        x = self.swarm.x
-        ends = Prefix(*(getattr(x, name)[rows] for name in ("tokens", "logp", "length", "stop", "prompt")))
-        slot, values = pick[:, None], []
-        for value, ancestors in zip(reversed(self.values), reversed(self.ancestors), strict=True):
-            values.append(value.gather(1, slot))
-            slot = ancestors.gather(1, slot)
-        return Path(ends, torch.cat(values[::-1], 1))
+        first = torch.arange(len(pick), device=pick.device) * self.swarm.log_w.shape[1]
+        slot, actions, values = pick[:, None], [], []
+        for t in reversed(range(len(self.actions))):
+            actions.append(self.actions[t][first + slot[:, 0]])
+            values.append(self.values[t].gather(1, slot))
+            slot = self.ancestors[t].gather(1, slot)
+        return Path(actions[::-1], torch.cat(values[::-1], 1))
 
 
 @part("particle_gibbs", paper=205)
@@ -87,7 +88,6 @@ class ParticleGibbs:
 
     Raises:
         ValueError: a setting out of its range.
-        UserError: a chain that goes by steps, when called.
 
     Source: "A Probabilistic Inference Approach to Inference-Time Scaling of LLMs using Particle-Based Monte Carlo
     Methods", 2025. Its several references, drawn from one sweep, leave no known law invariant: here there is one.
@@ -135,19 +135,14 @@ def sweep(
     weight: Weight = "ratio",
     ess_threshold: float = 2.0,
 ) -> Sweep:
-    """One sweep, conditional if there is a path to pin; the next path is `sweep.path` of a draw from its weights.
-
-    Raises:
-        UserError: a path for a chain that goes by steps.
-    """
-    if path is not None and not isinstance(chain, TokenChain):
-        raise UserError("pins single tokens, but this chain goes by steps", "particle_gibbs", "Step by token.")
+    """One sweep, conditional if there is a path to pin; the next path is `sweep.path` of a draw from its weights."""
     swarm = Swarm.start(chain, num_particles)
     ancestors = torch.arange(num_particles, device=swarm.log_w.device).expand(swarm.log_w.shape)
-    done = Sweep(swarm, [], [])
+    done = Sweep(swarm, [], [], [])
     while True:
-        advance(swarm, chain, rng, beta, None, full=weight == "full", pinned=_pinned(swarm, path))
+        action = advance(swarm, chain, rng, beta, None, full=weight == "full", pinned=_pinned(swarm, path))
         assert swarm.value is not None
+        done.actions.append(action)
         done.ancestors.append(ancestors)
         done.values.append(swarm.value)
         if bool(chain.is_done(swarm.x).all()):
@@ -157,18 +152,18 @@ def sweep(
 
 
 def _pinned(swarm: Swarm, path: Path | None) -> Pinned | None:
-    """The reference's next token in slot 0 of each prompt, and the value that is known to follow."""
+    """The reference's next action in slot 0 of each prompt, and the value that is known to follow."""
     if path is None:
         return None
     shape, now = swarm.log_w.shape, swarm.rounds
     slots = torch.zeros(shape, dtype=torch.bool, device=swarm.log_w.device)
     slots[:, 0] = True
-    tokens = path.states.tokens
-    action = tokens[:, min(now, tokens.shape[1] - 1), None].expand(shape)
+    prompt = torch.arange(shape[0], device=slots.device).repeat_interleave(shape[1])
+    action = path.actions[min(now, len(path.actions) - 1)][prompt]
     value = None
     if path.values is not None:  # a path that ended earlier keeps its last
         value = path.values[:, min(now, path.values.shape[1] - 1), None].expand(shape).flatten()
-    return Pinned(slots.flatten(), action.flatten(), value)
+    return Pinned(slots.flatten(), action, value)
 
 
 def _renew(swarm: Swarm, chain: Chain, rng: Choice, ess_threshold: float, pinned: int) -> Int[Tensor, "P N"]:

@@ -25,8 +25,9 @@ from keel.core.chance import Choice
 from keel.core.registry import part
 from keel.exact.chain import TabularChain
 from keel.models.introspection import JointBins
-from keel.sampling.adaptive import Slots, by_token
-from keel.sampling.particles import Particles
+from keel.sampling.adaptive import Slots
+from keel.sampling.kernels import by_token
+from keel.sampling.particles import Particles, best
 from keel.sampling.settings import positive, share
 
 BETTER = 1e-12  # gains below this are rounding
@@ -243,7 +244,7 @@ class Introspective:
             if not run.slots.busy:
                 break
             run.slots.step(rng, "token", mask=getattr(self.joint, "masked", None))
-        return run.result()
+        return run.result(rng)
 
 
 class _Run:
@@ -323,17 +324,17 @@ class _Run:
         self.reward_law, self.length_law = self.reward_law[prompt, parent], self.length_law[prompt, parent]
         return source.gather(1, parent), (running & (chosen > 0)) | target
 
-    def result(self) -> Particles:
+    def result(self, rng: Choice) -> Particles:
         states, finished = self.slots.states(), self.finished
         guess = (self.reward_law @ self.values).masked_fill(~finished, -math.inf)
         none = torch.full_like(guess[:, 0], math.nan)
         if self.settings.output == "predicted":
-            pick = guess.argmax(1)
+            pick = best(guess, rng)
             asked = torch.arange(guess.shape[1], device=pick.device) == pick[:, None]
             found = self.chain.reward(states, asked.flatten()).view(guess.shape)
             self.reward = torch.where(asked, found, self.reward)
         else:
-            pick = self.reward.masked_fill(~finished, -math.inf).argmax(1)
+            pick = best(self.reward, rng, finished)
         chosen = torch.arange(guess.shape[1], device=pick.device) == pick[:, None]
         return Particles(
             states=states,

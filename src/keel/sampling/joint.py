@@ -104,9 +104,9 @@ class JointChain(TokenChain):
         others = {name: chain.at(tokens, length, prompt).memory for name, chain in self.others.items()}
         return replace(x, memory=Memories(x.memory, others))
 
-    def complete(self, x: Prefix, m: int, rng: Choice) -> Prefix:
+    def complete(self, x: Prefix, m: int, rng: Choice, where: Bool[Tensor, "B"] | None = None) -> Prefix:
         """See `Chain`; the others do not read what is written."""
-        done = self.main.complete(_of_main(x), m, rng)
+        done = self.main.complete(_of_main(x), m, rng, where)
         return replace(done, memory=Memories(done.memory, {}))
 
     def reward(self, x: Prefix, where: Bool[Tensor, "B"] | None = None) -> Float[Tensor, "B"]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keel.core.chain import Meter
+from keel.core.chance import Choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class Step:
 
     Args:
         ancestors: particle of the round before that each one continues, shape [P, N].
-        start: length of each before the round, shape [P, N].
+        start: length of each before the round, in tokens or, where there are none, in rounds, shape [P, N].
         states: the states after it, without their memory.
         log_q: log-probability with which what was added was proposed, shape [P, N].
         log_w: normalised log-weights after it, shape [P, N].
@@ -119,6 +120,22 @@ def log_z_error(
     apart = 1 - family.square().sum(1)
     variance = 1 - (n / (n - 1)) ** (generations.to(log_w) + 1) * apart
     return variance.clamp(min=0).sqrt()
+
+
+def best(
+    score: Float[Tensor, "P N"], rng: Choice, among: Bool[Tensor, "P N"] | None = None, name: str = "pick"
+) -> Int[Tensor, "P"]:
+    """The place of the highest score of each prompt; of equals each is as likely, for their order means nothing.
+
+    Args:
+        score: to be compared.
+        rng: chooses among equals.
+        among: places that may be taken, one of each prompt at least; all without it.
+        name: of the request.
+    """
+    score = score if among is None else score.masked_fill(~among, -math.inf)
+    top = score == score.amax(1, keepdim=True)
+    return rng.categorical((top if among is None else top & among).double().log(), name)
 
 
 def spent(log_w: Float[Tensor, "P N"], log_tilt: Float[Tensor, "P N"], log_z: Float[Tensor, "P"]) -> Float[Tensor, "P"]:

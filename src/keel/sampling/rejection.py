@@ -6,8 +6,7 @@
     p_c(x) = p_0(x) min(w(x), c) / Z_c,   accept rate Z_c / c,   D(p_c || p*) -> 0 as c -> max w
 
 Both go by rounds of N completions for each prompt, until every prompt has accepted or the samples are used up; the pick
-is one of those that the first lucky round accepted, each as likely. Prompts share the rounds: one that is done draws on
-for the sake of the others, its rewards unasked, and nothing that it draws then counts in its result.
+is one of those that the first lucky round accepted, each as likely. A prompt that is done draws nothing more.
 
 What is estimated (accept rate, Z, divergences) comes from the first round alone, whose size is fixed: a mean over all
 rounds would be biased, because luck ends them.
@@ -18,19 +17,19 @@ models with divergence diagnostics", 2022.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from keel.core.chain import Chain, Prefix
+from keel.core.chain import Chain
 from keel.core.chance import Choice
 from keel.core.errors import UserError
 from keel.core.registry import part
 from keel.divergences.family import f_divergence
-from keel.sampling.kernels import bare
+from keel.sampling.kernels import bare, either
 from keel.sampling.particles import Particles, log_z_error, normalised, spent
 from keel.sampling.settings import positive, share
 
@@ -159,24 +158,13 @@ def trade_off(
 class _Kept:
     """The round that each prompt will put out: its completions, their log-weights, and the rewards."""
 
-    states: Prefix
+    states: Any
     log_w: Float[Tensor, "P N"]
     reward: Float[Tensor, "P N"]
 
     def replace(self, new: "_Kept", where: Bool[Tensor, "P"]) -> "_Kept":
         """The new round for some prompts."""
-        rows = where.repeat_interleave(self.log_w.shape[1])
-        states = Prefix(
-            **{
-                field.name: torch.where(
-                    rows.view(-1, *[1] * (getattr(new.states, field.name).dim() - 1)),
-                    getattr(new.states, field.name),
-                    getattr(self.states, field.name),
-                )
-                for field in fields(Prefix)
-                if field.name != "memory"
-            }
-        )
+        states = either(where.repeat_interleave(self.log_w.shape[1]), new.states, self.states)
         choose = where[:, None]
         log_w = torch.where(choose, new.log_w, self.log_w)
         return _Kept(states, log_w, torch.where(choose, new.reward, self.reward))
@@ -193,13 +181,13 @@ def _search(
 ) -> Particles:
     """Rounds until all prompts have accepted, or the limit is reached."""
     start = chain.init(1)
-    ceiling = ceiling.to(start.length.device)
+    ceiling = ceiling.to(chain.is_done(start).device)
     accepted = torch.zeros_like(ceiling, dtype=torch.bool)
     samples = torch.zeros_like(ceiling)
     kept, first, seen = None, None, torch.full_like(ceiling, -math.inf)
     for turn in range(limit // count):
-        states = bare(chain.complete(chain.init(1) if turn else start, count, rng.scope("round")))
         searching = ~accepted
+        states = bare(chain.complete(start, count, rng.scope("round"), searching))
         reward = chain.reward(states, searching.repeat_interleave(count)).view(chain.prompts, count).double()
         check(reward.masked_fill(accepted[:, None], -math.inf))
         clipped = torch.minimum(reward / beta, ceiling[:, None])

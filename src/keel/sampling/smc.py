@@ -9,8 +9,8 @@ psi > 0 and every scheme of resampling.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,8 +19,8 @@ from torch import Tensor
 from keel.core.chain import Chain, Prefix
 from keel.core.chance import Choice
 from keel.core.registry import part
-from keel.sampling.kernels import Kernel, propose
-from keel.sampling.particles import Particles, Step, effective_size, log_z_error, normalised, spent
+from keel.sampling.kernels import Kernel, bare, either, propose
+from keel.sampling.particles import Particles, Step, best, effective_size, log_z_error, normalised, spent
 from keel.sampling.resampling import Scheme, resample
 from keel.sampling.settings import positive
 
@@ -41,7 +41,7 @@ class Swarm:
         rounds: how many there were.
     """
 
-    x: Prefix
+    x: Any
     log_w: Float[Tensor, "P N"]
     log_psi: Float[Tensor, "P N"]
     log_z: Float[Tensor, "P"]
@@ -55,10 +55,10 @@ class Swarm:
     def start(chain: Chain, count: int) -> "Swarm":
         """N equal particles at the start of each prompt; psi_0 = 1."""
         x = chain.init(count)
-        shape = chain.prompts, count
-        even = torch.full(shape, -math.log(count), dtype=torch.float64, device=x.length.device)
-        index = torch.arange(count, device=x.length.device).expand(shape)
-        zeros = torch.zeros(chain.prompts, dtype=torch.long, device=x.length.device)
+        shape, device = (chain.prompts, count), chain.is_done(x).device
+        even = torch.full(shape, -math.log(count), dtype=torch.float64, device=device)
+        index = torch.arange(count, device=device).expand(shape)
+        zeros = torch.zeros(chain.prompts, dtype=torch.long, device=device)
         return Swarm(x, even, torch.zeros_like(even), torch.zeros_like(even[:, 0]), index, zeros, [])
 
     def weigh(self, gain: Float[Tensor, "P N"]) -> None:
@@ -150,12 +150,12 @@ class Pinned:
 
     Args:
         slots: which, shape [B].
-        action: of each state, shape [B]; only those of the slots count.
+        action: of each state, B of them; only those of the slots count.
         value: of each state after it, shape [B]; None asks the chain.
     """
 
     slots: Bool[Tensor, "B"]
-    action: Int[Tensor, "B"]
+    action: Any
     value: Float[Tensor, "B"] | None = None
 
 
@@ -169,8 +169,8 @@ def advance(
     *,
     full: bool = False,
     pinned: Pinned | None = None,
-) -> None:
-    """One round: propose, extend, weigh with g.
+) -> Any:
+    """One round: propose, extend, weigh with g; the actions.
 
     Args:
         swarm: changed in place.
@@ -180,11 +180,11 @@ def advance(
         pinned: states that do not choose; under the prior only, for another kernel's g would not be theirs.
     """
     shape = swarm.log_w.shape
-    start, before = swarm.x.length, chain.is_done(swarm.x)
+    start, before = _lengths(swarm), chain.is_done(swarm.x)
     action, log_p, log_q = propose(chain, swarm.x, rng, kernel, beta)
     asked, known = ~before, None
     if pinned is not None:
-        action = torch.where(pinned.slots, pinned.action, action)
+        action = either(pinned.slots, pinned.action, action)
         if pinned.value is not None:
             asked, known = asked & ~pinned.slots, pinned.value.view(shape)
     swarm.x = chain.extend(swarm.x, action)
@@ -199,8 +199,15 @@ def advance(
     swarm.weigh(torch.where(settled, torch.zeros_like(gain), gain))
     swarm.log_psi, swarm.value, swarm.rounds = log_psi, value, swarm.rounds + 1
     if ancestors is not None:
-        bare = replace(swarm.x, memory=None)
-        swarm.trace.append(Step(ancestors, start.view(shape), bare, log_q.view(shape), swarm.log_w))
+        swarm.trace.append(Step(ancestors, start, bare(swarm.x), log_q.view(shape), swarm.log_w))
+    return action
+
+
+def _lengths(swarm: Swarm) -> Int[Tensor, "P N"]:
+    """Tokens written so far; where there are none, rounds."""
+    if isinstance(swarm.x, Prefix):
+        return swarm.x.length.view(swarm.log_w.shape)
+    return torch.full_like(swarm.eve, swarm.rounds)
 
 
 def finish(
@@ -215,9 +222,9 @@ def finish(
     """The result of a swarm in which all are done; its rewards are beta log psi unless they are given."""
     reward = swarm.log_psi * beta if reward is None else reward
     families = torch.zeros_like(swarm.log_w).scatter(1, swarm.eve, 1.0).sum(1)
-    pick = rng.categorical(swarm.log_w, "pick") if output == "draw" else best(reward, swarm.log_w)
+    pick = rng.categorical(swarm.log_w, "pick") if output == "draw" else best(reward, rng, swarm.log_w > -math.inf)
     return Particles(
-        states=replace(swarm.x, memory=None),
+        states=bare(swarm.x),
         log_w=swarm.log_w,
         reward=reward,
         pick=pick,
@@ -229,8 +236,3 @@ def finish(
         trace=tuple(swarm.trace),
         details={"resampled": swarm.generations.double(), "families": families, **details},
     )
-
-
-def best(reward: Float[Tensor, "P N"], log_w: Float[Tensor, "P N"]) -> Int[Tensor, "P"]:
-    """The particle of the highest reward among those with weight; the first of equals."""
-    return reward.masked_fill(log_w == -math.inf, -math.inf).argmax(1)

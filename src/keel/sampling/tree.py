@@ -22,8 +22,8 @@ from torch import Tensor
 
 from keel.core.chain import Chain, Prefix, TokenChain
 from keel.core.chance import Choice
-from keel.core.errors import UserError
 from keel.core.registry import part
+from keel.sampling.kernels import by_token
 from keel.sampling.particles import Particles
 from keel.sampling.settings import positive
 
@@ -142,10 +142,9 @@ class TreeSampling:
 
     def __call__(self, chain: Chain, rng: Choice) -> Particles:
         """Grow a tree for each prompt of a chain."""
-        if not isinstance(chain, TokenChain):
-            raise UserError("grows by single tokens, but this chain goes by steps", "tree_sampling", "Step by token.")
-        trees = self.grow(chain, rng)
-        return self._best(chain, trees) if self.mode == "search" else self._drawn(chain, trees, rng)
+        tokens = by_token(chain, "tree_sampling")
+        trees = self.grow(tokens, rng)
+        return self._best(tokens, trees, rng) if self.mode == "search" else self._drawn(tokens, trees, rng)
 
     def grow(self, chain: TokenChain, rng: Choice) -> list[Tree]:
         """The trees, one for each prompt."""
@@ -314,11 +313,13 @@ class TreeSampling:
         kl = [_divergence(tree, log_q) for tree, log_q in zip(trees, laws, strict=True)]
         return self._particles(chain, trees, leaves, log_w, kl)
 
-    def _best(self, chain: TokenChain, trees: list[Tree]) -> Particles:
+    def _best(self, chain: TokenChain, trees: list[Tree], rng: Choice) -> Particles:
         leaves, log_w, kl = [], [], []
-        for tree in trees:
-            best = {_text(leaf): leaf for leaf in sorted(tree.leaves, key=lambda leaf: leaf.value)[::-1]}
-            row = list(best.values())[: self.num_particles]
+        ranked = [_ranked(tree) for tree in trees]
+        equals = [[0.0 for leaf in row if leaf.value == row[0].value] for row in ranked]
+        first = rng.categorical(_padded(equals), "pick").tolist()
+        for place, row in zip(first, ranked, strict=True):
+            row = [row[place], *row[:place], *row[place + 1 :]][: self.num_particles]
             missing = self.num_particles - len(row)
             leaves.append(row + row[:1] * missing)
             log_w.append([-math.log(len(row))] * len(row) + [-math.inf] * missing)
@@ -410,6 +411,12 @@ def _divergence(tree: Tree, log_q: Sequence[float]) -> float:
         share[text] = share.get(text, 0.0) + math.exp(log)
         prior[text] = _log_prior(leaf)
     return sum(q * (math.log(q) - prior[text]) for text, q in share.items() if q > 0)
+
+
+def _ranked(tree: Tree) -> list[Node]:
+    """The best leaf of each text, best first."""
+    best = {_text(leaf): leaf for leaf in sorted(tree.leaves, key=lambda leaf: leaf.value)[::-1]}
+    return list(best.values())
 
 
 def _text(leaf: Node) -> tuple[int, ...]:

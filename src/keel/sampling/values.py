@@ -19,13 +19,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from keel.core.aggregate import ratio
-from keel.core.chain import Chain, Prefix, TokenChain
+from keel.core.chain import Chain, Prefix, TokenChain, estimate
 from keel.core.chance import Choice
 from keel.core.registry import part
 from keel.sampling.settings import positive
 
-Value = Callable[[Any, Prefix, Choice], Float[Tensor, "B"]]  # by tokens or by steps
-Score = Callable[[Prefix], Float[Tensor, "B"]]  # of states
+Value = Callable[[Any, Any, Choice], Float[Tensor, "B"]]  # by tokens, by steps or in latents
+Score = Callable[[Any], Float[Tensor, "B"]]  # of states
 Features = Callable[[Prefix], Float[Tensor, "B F"]]  # of states
 CLIP = 1e-7  # of a probability whose odds are taken
 
@@ -55,16 +55,19 @@ class MonteCarlo:
         if self.beta is not None:
             positive(self, "beta")
 
-    def __call__(self, chain: Chain, x: Prefix, rng: Choice) -> Float[Tensor, "B"]:
+    def __call__(self, chain: Chain, x: Any, rng: Choice) -> Float[Tensor, "B"]:
         """Of the unfinished states; 0 for the others."""
-        copy = chain.select(x, torch.arange(len(x), device=x.length.device))  # completing may use up its states
-        ends = chain.complete(copy, self.rollouts, rng.scope("monte carlo"))
-        asked = (~x.done).repeat_interleave(self.rollouts)
-        reward = chain.reward(ends, asked).view(len(x), self.rollouts)
+        return self.masked(chain, x, rng, ~chain.is_done(x))
+
+    def masked(self, chain: Chain, x: Any, rng: Choice, where: Bool[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """Of the unfinished states that are asked for; 0 for the others, from which nothing is drawn."""
+        asked = where & ~chain.is_done(x)
+        ends = chain.complete(x, self.rollouts, rng.scope("monte carlo"), asked)
+        reward = chain.reward(ends, asked.repeat_interleave(self.rollouts)).view(-1, self.rollouts)
         if self.beta is None:
             return reward.mean(1)
         soft = self.beta * ((reward / self.beta).logsumexp(1) - math.log(self.rollouts))
-        return torch.where(x.done, 0.0, soft)
+        return torch.where(asked, soft, 0.0)
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,12 @@ class Learned:
         score: from states to one number each, in units of the reward; shape [B] or [B, 1].
     """
 
-    score: Callable[[Prefix], Tensor]
+    score: Callable[[Any], Tensor]
 
-    def __call__(self, chain: Chain, x: Prefix, rng: Choice) -> Float[Tensor, "B"]:
+    def __call__(self, chain: Chain, x: Any, rng: Choice) -> Float[Tensor, "B"]:
         """Of all states."""
         with torch.no_grad():
-            return self.score(x).double().view(len(x))
+            return self.score(x).double().flatten()
 
 
 @part("combined_value")
@@ -106,12 +109,16 @@ class Combined:
         if not self.values or set(self.values) != set(self.weights):
             raise ValueError(f"weights must name the values {sorted(self.values)}, not {sorted(self.weights)}")
 
-    def __call__(self, chain: Chain, x: Prefix, rng: Choice) -> Float[Tensor, "B"]:
+    def __call__(self, chain: Chain, x: Any, rng: Choice) -> Float[Tensor, "B"]:
         """Of the unfinished states."""
-        total = torch.zeros(len(x), dtype=torch.float64, device=x.length.device)
+        return self.masked(chain, x, rng, ~chain.is_done(x))
+
+    def masked(self, chain: Chain, x: Any, rng: Choice, where: Bool[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """Of the states that are asked for; anything for the others."""
+        total = torch.zeros(where.shape, dtype=torch.float64, device=where.device)
         for name, weight in self.weights.items():
             if weight != 0:
-                total = total + weight * self.values[name](chain, x, rng.scope(name)).to(total)
+                total = total + weight * estimate(self.values[name], chain, x, rng.scope(name), where).to(total)
         return total
 
 
@@ -136,7 +143,7 @@ class Odds:
     def __post_init__(self) -> None:
         positive(self, "beta")
 
-    def __call__(self, chain: Chain, x: Prefix, rng: Choice) -> Float[Tensor, "B"]:
+    def __call__(self, chain: Chain, x: Any, rng: Choice) -> Float[Tensor, "B"]:
         """Of all states."""
         with torch.no_grad():
             return self.beta * log_odds(self.score(x).double())

@@ -15,6 +15,8 @@ from keel.core.config import from_config, is_part, to_config
 from keel.core.errors import ConfigError, nearest
 from keel.method import CHAINS, Method
 from keel.recipes.registry import Recipe, recipe_named
+from keel.rollouts.rollout import named_sampler
+from keel.sampling.catalogue import entry_of
 from keel.tasks.task import Task
 from keel.train.settings import EvaluateSettings, ModelSettings, Section, TaskSettings, TrainSettings, parse
 
@@ -27,6 +29,7 @@ SECTIONS: dict[str, type[Section]] = {
 _SLOTS = tuple(f.name for f in fields(Method))
 KEYS = ("recipe", "method", *SECTIONS, "seed", "name")
 TINY = "tiny"
+SAMPLER = "rollout.sampler"
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def resolve(request: Request, task: Task | None = None) -> Configuration:
         arguments = {**fitting, **arguments, **bare}
         method = known(**arguments)
         method = _with_preset(method, preset, arguments, known, task)
-    for path, value in paths.items():
+    for path, value in _with_sampler(paths, method).items():
         method = method.set(path, from_config(value, path))
     _check_chains(method)
     values = {name: dict(_section_values(request, name)) for name in SECTIONS}
@@ -238,6 +241,8 @@ def _sorted_values(request: Request, known: Recipe | None) -> tuple[dict[str, An
                 paths[key] = value
         elif key in arguments:
             bare[key] = value
+        elif key == "rollout" and (isinstance(value, str) or is_part(value)):  # short for its sampler
+            paths[SAMPLER] = value
         elif key in (*SECTIONS, *_SLOTS):
             raise ConfigError("is a whole section or slot", key, f"Name what to set in it, such as {key}.NAME=VALUE.")
         elif key not in TrainSettings.model_fields:
@@ -248,6 +253,33 @@ def _sorted_values(request: Request, known: Recipe | None) -> tuple[dict[str, An
                 f"Arguments of the recipe: {', '.join(arguments) or 'none'}.",
             )
     return bare, paths
+
+
+def _with_sampler(paths: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """Paths in an order that does not matter: a whole stands before its settings, and a sampler that is named takes up
+    its own at once, for some are required.
+    """
+    settings = {path: value for path, value in paths.items() if path.startswith(f"{SAMPLER}.")}
+    rest = {path: value for path, value in paths.items() if path not in settings}
+    given, rollout = rest.get(SAMPLER), method.rollout
+    if rollout is None and (given or settings):
+        raise ConfigError("this recipe draws no completions, so it has no sampler", "rollout")
+    if settings and given is None and rollout is not None and rollout.sampler is None:
+        raise ConfigError(
+            "there is no sampler to set",
+            next(iter(settings)),
+            "Name one, such as rollout=smc; `keel samplers` lists them.",
+        )
+    if isinstance(given, str):
+        options = {path.removeprefix(f"{SAMPLER}."): from_config(value, path) for path, value in settings.items()}
+        given, settings = named_sampler(given, options), {}
+    found = given if given is not None else rollout and rollout.sampler
+    if f"{SAMPLER}.num_particles" in paths and is_part(found) and entry_of(found).group == "particles":
+        raise ConfigError(
+            "the particles are the rows of a group", f"{SAMPLER}.num_particles", "Set num_generations of the rollout."
+        )
+    first = {} if SAMPLER not in rest else {SAMPLER: given}
+    return {**first, **{path: rest[path] for path in rest if path != SAMPLER}, **settings}
 
 
 def _section_values(request: Request, name: str) -> dict[str, Any]:

@@ -13,9 +13,6 @@ from keel.core.chain import Prefix, Value
 from keel.core.chance import Sample as Chance
 from keel.core.errors import UserError
 from keel.parts.rewards.score import score
-from keel.rollouts.chain import LocalChain
-from keel.rollouts.local import LocalGenerator
-from keel.rollouts.sampling import Sampling
 from keel.sampling.particles import Particles
 from keel.tasks.task import Example, RewardFunction, Text
 from keel.train.encode import Encoder
@@ -99,6 +96,7 @@ class Account:
         completions: with their weights.
         generated: tokens drawn.
         scored: tokens read by values and by other models to judge candidates.
+        read: tokens of prompts and beginnings that were sent to be continued, where the chain keeps no cache.
         rewards: completions whose reward was asked for.
         ess: effective sample size of the weights.
         log_z, log_z_error: estimate of log Z with its standard error; NaN where the method has none.
@@ -119,6 +117,7 @@ class Account:
     kl_is_bound: bool
     seconds: float
     details: dict[str, float] = field(default_factory=dict)
+    read: int = 0
 
     @property
     def pick(self) -> Weighted:
@@ -127,37 +126,30 @@ class Account:
 
 
 def draw_particles(
-    generator: LocalGenerator,
+    chain: Any,
     sampler: Any,
     examples: Sequence[Example],
     functions: Mapping[str, RewardFunction],
-    sampling: Sampling,
     *,
     encoder: Encoder,
     seed: int,
     value: Value | None = None,
-    chain: Any = None,
 ) -> tuple[Particles, float]:
     """Run a sampler on prompts; its particles and the seconds it took.
 
     Args:
-        generator: the local engine.
+        chain: of the prompts, by tokens or by steps; it gets reward and value here.
         sampler: a part of `keel.sampling`.
         examples: prompts with their columns; `index` decides their randomness.
         functions: reward functions.
-        sampling: of the prior: temperature, filters, length.
-        encoder: prompts to tokens.
+        encoder: tokens to text.
         seed: decides everything.
         value: of unfinished texts.
-        chain: made by the caller in place of the local one, without reward and value.
 
     Raises:
         UserError: a reward function failed.
     """
     index = [example.index for example in examples]
-    if chain is None:
-        ids = [encoder.prompt(example.prompt) for example in examples]
-        chain = LocalChain(generator, ids, sampling, data_index=index)
     getattr(chain, "main", chain).reward_of, chain.value_of = TextReward(functions, examples, encoder), value
     begun = time.perf_counter()
     found = sampler(chain, Chance(seed, torch.as_tensor(index)))
@@ -183,7 +175,7 @@ def accounts(found: Particles, examples: Sequence[Example], encoder: Encoder, se
             )
             for n, place in enumerate(places)
         )
-        numbers = ("generated", "scored", "rewards")
+        numbers = ("generated", "scored", "read", "rewards")
         out.append(
             Account(
                 prompt=example.prompt,

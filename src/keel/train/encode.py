@@ -10,6 +10,7 @@ from keel.core.errors import DataError, UserError
 from keel.core.rows import Rows, Stop
 from keel.models.language import LanguageModel
 from keel.rollouts.decoding import text_of
+from keel.rollouts.openai import Vocabulary
 from keel.tasks.task import Example, Text
 
 
@@ -18,12 +19,12 @@ class Encoder:
     """Prompts and completions as tokens; they are tokenised apart and joined.
 
     Args:
-        model: its tokenizer, chat template and end token are used.
+        model: its tokenizer, chat template and end token are used; what is known of a served one is enough.
         max_prompt_length: longer prompts lose their beginning; None keeps all.
         system_prompt: put before every prompt, as a message where there is a chat template.
     """
 
-    model: LanguageModel
+    model: LanguageModel | Vocabulary
     max_prompt_length: int | None = None
     system_prompt: str | None = None
 
@@ -151,6 +152,6 @@ def padded(sequences: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[to
     return ids, mask
 
 
-def _end(model: LanguageModel) -> int:
+def _end(model: LanguageModel | Vocabulary) -> int:
     own = model.tokenizer.eos_token_id
     return own if own is not None else model.eos_ids[0]

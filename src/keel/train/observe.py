@@ -38,6 +38,9 @@ def rollout_metrics(rows: Rows, rewards: Mapping[str, Any]) -> dict[str, float]:
     for k, name in enumerate(rewards):
         applies = main.weight * ~main.reward[:, k].isnan()
         out[f"rewards/{name}/mean"] = weighted_mean(main.reward[:, k], applies)
+    for name, column in main.columns.items():
+        if name.startswith("rollout/") and bool((known := column.isfinite()).any()):  # what a sampler says of itself
+            out[name] = weighted_mean(column, known.to(column))
     return {name: float(value) for name, value in out.items()}
 
 

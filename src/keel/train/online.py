@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from keel.core.aggregate import Groups
-from keel.core.choice import generator, row_ids
+from keel.core.choice import generator
 from keel.core.errors import DataError, TrainingError
-from keel.core.rows import Rows, Stream, cat
+from keel.core.rows import Rows, cat
 from keel.models.load import frozen_copy, is_out_of_memory, out_of_memory
 from keel.parts.rewards.score import score
-from keel.rollouts.sampling import Sampling
 from keel.statistics.functionals import Entropy, Functional, LogProb
 from keel.statistics.stats import Stats
 from keel.tasks.task import Example, Text
@@ -31,6 +30,7 @@ from keel.train.checkpoint import keep_batch, save_checkpoint
 from keel.train.encode import supervised_rows
 from keel.train.observe import batch_metrics, rollout_metrics, sampled_log_prob, stored_rollouts, update_metrics
 from keel.train.session import Session
+from keel.train.strategies import distinct, draw_rows, tokens_drawn
 
 PATIENCE = 3  # skipped updates in a row that end a run
 
@@ -126,7 +126,7 @@ def rollout_batch(session: Session) -> Batch:
         session.report(
             "warning", {"text": f"step {session.position.step}: {groups} of {rollout.num_prompts} groups are usable"}
         )
-    session.position.tokens += int(rows.mask.sum())
+    session.position.tokens += tokens_drawn(rows)
     metrics["rounds"] = float(rounds)
     return Batch(rows, Stats(), metrics | rollout_metrics(rows, session.rewards), texts)
 
@@ -135,19 +135,12 @@ def score_round(
     session: Session, examples: list[Example], rounds: int
 ) -> tuple[Rows, list[tuple[Text, str]], Tensor, dict]:
     """One rollout with its rewards; rows of groups whose reward function failed are marked."""
-    rollout, position = session.method.rollout, session.position
-    assert rollout is not None
     encoder = session.encoder
-    ids = [encoder.prompt(example.prompt) for example in examples]
-    step = position.step * session.config.train.max_rounds + rounds - 1
-    index = distinct([example.index for example in examples])
+    step = session.position.step * session.config.train.max_rounds + rounds - 1
     begun = time.monotonic()
-    rows = session.generator.generate(
-        ids, rollout.num_generations, rollout.sampling, seed=session.config.seed, step=step, data_index=index
-    )
-    if rollout.greedy_baseline:
-        rows = cat([rows, _greedy(session, ids, step, index)])
-    spent = time.monotonic() - begun
+    rows, judge = draw_rows(session, examples, step, distinct([example.index for example in examples]))
+    judged = 0.0 if judge is None else judge.seconds
+    spent = time.monotonic() - begun - judged
     owners = [examples[i] for i in rows.group.tolist()]
     tokens = [row[mask].tolist() for row, mask in zip(rows.tokens.cpu(), rows.mask.cpu(), strict=True)]
     texts = [encoder.decode(t) for t in tokens]
@@ -159,8 +152,11 @@ def score_round(
         key: [e.columns.get(key) for e in owners] for key in dict.fromkeys(k for e in examples for k in e.columns)
     }
     begun = time.monotonic()
-    scores = score(session.rewards, [e.prompt for e in owners], replies, tokens, columns, rows.group)
-    metrics = {"time/rollout": spent, "time/reward": time.monotonic() - begun}
+    if judge is None:
+        scores = score(session.rewards, [e.prompt for e in owners], replies, tokens, columns, rows.group)
+    else:
+        scores = judge.scores(rows.group.tolist(), tokens)
+    metrics = {"time/rollout": spent, "time/reward": judged + time.monotonic() - begun}
     for name, errors in scores.errors.items():
         metrics[f"rewards/{name}/errors"] = float(errors)
         if errors:
@@ -174,31 +170,6 @@ def score_round(
     rows = rows.with_(reward=values, data_index=own, columns={**rows.columns, **named})
     said: list[tuple[Text, str]] = [(e.prompt, text) for e, text in zip(owners, texts, strict=True)]
     return rows, said, scores.failed.to(rows.device), metrics
-
-
-def distinct(index: list[int]) -> list[int]:
-    """Numbers for the randomness of prompts: those of a prompt's further occurrences differ, so that they do not repeat
-    its completions.
-
-    >>> distinct([4, 7, 4])
-    [4, 7, 4294967300]
-    """
-    seen: dict[int, int] = {}
-    out = []
-    for number in index:
-        out.append(number + (seen.get(number, 0) << 32))
-        seen[number] = seen.get(number, 0) + 1
-    return out
-
-
-def _greedy(session: Session, ids: list[list[int]], step: int, index: list[int]) -> Rows:
-    rollout = session.method.rollout
-    assert rollout is not None
-    sampling = Sampling(0.0, None, None, None, rollout.max_completion_length, rollout.stop_strings)
-    rows = session.generator.generate(ids, 1, sampling, seed=session.config.seed, step=step, data_index=index)
-    sample = torch.full_like(rows.row, rollout.num_generations)
-    row = row_ids(session.config.seed, step, rows.data_index, sample)
-    return rows.with_(stream=torch.full_like(rows.stream, int(Stream.BASELINE)), row=row)
 
 
 def next_examples(session: Session, count: int) -> list[Example]:

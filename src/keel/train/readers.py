@@ -16,12 +16,14 @@ from torch import Tensor
 from keel.core.chain import Chain, Prefix, TokenChain
 from keel.core.chance import Sample as Chance
 from keel.core.choice import generator
+from keel.core.errors import UserError
 from keel.core.rows import Rows
 from keel.models.language import LanguageModel
 from keel.models.load import load, save
 from keel.models.state_head import StateHead, fit, load_head, save_head
 from keel.rollouts.chain import LocalChain
 from keel.rollouts.local import LocalGenerator, evaluating
+from keel.rollouts.openai_chain import OpenAIChain
 from keel.rollouts.sampling import Sampling
 from keel.sampling.joint import JointChain
 from keel.tasks.task import Example, RewardFunction
@@ -88,23 +90,24 @@ class Reader:
     head: StateHead
     body: LanguageModel | None = None
 
-    def __call__(self, chain: Chain, x: Prefix) -> Float[Tensor, "B O"]:
-        """The numbers after each state, finished ones included.
+    def __call__(self, chain: Chain, x: Prefix, finished: bool = True) -> Float[Tensor, "B O"]:
+        """The numbers after each state; arbitrary for finished ones that are not asked for.
 
         Unfinished states of a chain that this reader stands beside come from caches; all others are read again from
         their beginning, and those tokens are counted as scored.
         """
         cached = self._cached(chain, x)
-        if cached is not None and not bool(x.done.any()):
+        missing = (x.done & finished) if cached is not None else (~x.done | finished)
+        if cached is not None and not bool(missing.any()):
             return self.head(cached)
-        missing = x.done if cached is not None else torch.ones_like(x.done)
         chain.meter.add("scored", torch.where(missing, x.length, 0), x.prompt)
         index = missing.nonzero(as_tuple=True)[0]
-        local: Any = chain.main if isinstance(chain, JointChain) else chain
+        main: Any = chain.main if isinstance(chain, JointChain) else chain
         read = Prefix(*(getattr(x, name)[index] for name in ("tokens", "logp", "length", "stop", "prompt")))
-        states = last_states(self.body or local.model, local.rows(read), read.length)
+        model = self.body or _policy_of(main)
+        states = last_states(model, main.rows(read).to(model.device), read.length.to(model.device))
         found = states.new_zeros(len(x), states.shape[1]) if cached is None else cached.float()
-        return self.head(found.index_copy(0, index, states))
+        return self.head(found.index_copy(0, index.to(found.device), states)).to(x.length.device)
 
     def _cached(self, chain: Chain, x: Prefix) -> Float[Tensor, "B D"] | None:
         if isinstance(chain, JointChain) and BESIDE in chain.others and x.memory is not None:
@@ -115,11 +118,15 @@ class Reader:
             return chain.hidden(x)
         return None
 
-    def beside(self, chain: LocalChain) -> TokenChain | None:
-        """The chain of the reader's own model over the same prompts; None where it reads the policy's states."""
-        if self.body is None:
+    def beside(self, chain: LocalChain | OpenAIChain) -> TokenChain | None:
+        """The chain of the reader's own model over the same prompts; None where it reads the policy's states.
+
+        None as well where the two are on different devices: then texts are read from their beginning.
+        """
+        if self.body is None or self.body.device != chain.device:
             return None
-        return LocalChain(LocalGenerator(self.body), chain.texts, chain.sampling, data_index=chain.data_index)
+        sampling = Sampling(max_completion_length=chain.horizon)  # it reads, and draws nothing
+        return LocalChain(LocalGenerator(self.body), chain.texts, sampling, data_index=chain.data_index)
 
     def save(self, path: str | Path, **facts: Any) -> None:
         """Write it into a folder, as safetensors and JSON; a model of its own in the transformers format."""
@@ -249,8 +256,26 @@ def states_of(model: LanguageModel, rows: Rows) -> Float[Tensor, "n D"]:
     return torch.cat(found)
 
 
+def _policy_of(chain: Any) -> LanguageModel:
+    """The policy whose states a head reads.
+
+    Raises:
+        UserError: it runs on a server.
+    """
+    model = getattr(chain, "model", None) or getattr(chain.generator, "model", None)
+    if model is None:
+        raise UserError(
+            "this prediction reads the policy's own states, and a server shows none",
+            "value",
+            "Give one with a model of its own: keel fit-value without --head-only.",
+        )
+    return model
+
+
 def last_states(model: LanguageModel, rows: Rows, length: Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
     """The model's state after the last token of each row, by a pass over all of it."""
+    if not len(rows):
+        return torch.zeros(0, model.config.hidden_size, device=model.device)
     rows = rows.padded(0, int(length.max()) + 1)
     with evaluating(model), model.mixed():
         states = model.for_head(model.hidden(rows)).float()

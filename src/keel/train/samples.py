@@ -69,6 +69,9 @@ def sample(
     value: Any = None,
     beside: Mapping[str, Beside] | None = None,
     step: str | None = None,
+    engine: str | None = None,
+    server: Any = None,
+    top: int | None = None,
     **settings: Any,
 ) -> list[Sample] | list[Account]:
     """Completions of prompts: plain ones, or those of a sampler, with weights and what they cost.
@@ -85,7 +88,7 @@ def sample(
         report: called with (event, facts).
         method: a sampler (`keel samplers`).
         reward, data: as in `keel.evaluate`, for samplers.
-        value, beside, step: see `keel.train.sampling.opened`.
+        value, beside, step, engine, server, top: see `keel.train.sampling.opened`.
         **settings: of `Sampling`: temperature, top_k, top_p, min_p, max_completion_length, stop_strings; and of the
             sampler: num_particles, beta, resampling ...
 
@@ -99,6 +102,7 @@ def sample(
         plain, own = _split(settings, [method])
         listed = None if isinstance(prompts, int) else [prompts] if isinstance(prompts, str) else list(prompts)
         known = {"value": value, "beta": own.get("beta", 0.1), "beside": beside, "step": step, "sampling": plain}
+        known |= {"engine": engine, "server": server, "top": top}
         with opened(
             model,
             task,
@@ -151,6 +155,9 @@ def frontier(
     value: Any = None,
     beside: Mapping[str, Beside] | None = None,
     step: str | None = None,
+    engine: str | None = None,
+    server: Any = None,
+    top: int | None = None,
     report: Reporter = silent,
     **settings: Any,
 ) -> list[Curve]:
@@ -164,7 +171,7 @@ def frontier(
         seed: decides all randomness.
         num_prompts: held-out prompts at most.
         threshold: an output is correct if its reward is above this.
-        value, beside, step: see `keel.train.sampling.opened`.
+        value, beside, step, engine, server, top: see `keel.train.sampling.opened`.
         report: called with (event, facts).
         **settings: of `Sampling`, and of the samplers; one that several have goes to all of them.
 
@@ -178,6 +185,7 @@ def frontier(
         for item in methods
     ]
     known = {"value": value, "beta": own.get("beta", 0.1), "beside": beside, "step": step, "sampling": plain}
+    known |= {"engine": engine, "server": server, "top": top}
     with opened(model, task, data, reward, tokenizer=tokenizer, seed=seed, device=device, report=report, **known) as (
         bench,
         examples,

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+import keel.rollouts.samplers  # noqa: F401 (they join the catalogue)
 from keel.core.chain import Prefix, TokenChain, Value
 from keel.core.chance import Choice
 from keel.core.choice import counter_seed
@@ -19,13 +20,13 @@ from keel.parts.rewards.functions import RewardFunction as Scorer
 from keel.rollouts.chain import LocalChain
 from keel.rollouts.local import LocalGenerator
 from keel.rollouts.sampling import Sampling
-from keel.rollouts.steps import StepChain
 from keel.sampling.catalogue import entry_named, sampler
 from keel.sampling.joint import JointChain
 from keel.sampling.values import MonteCarlo, log_odds
 from keel.tasks.task import Example, Task
 from keel.train.draws import Account, TextReward, accounts, draw_particles
 from keel.train.encode import Encoder
+from keel.train.engines import Engine, open_engine
 from keel.train.readers import BESIDE, Experience, experience
 from keel.train.session import Reporter, reward_functions, silent
 from keel.train.settings import TaskSettings
@@ -76,7 +77,7 @@ class Bench:
     """A policy with prompts, rewards and whatever samplers may need, opened once.
 
     Args:
-        policy: the frozen model.
+        engine: the frozen policy, and what draws from it.
         task: what it is asked.
         functions: reward functions by name.
         sampling: of the prior.
@@ -87,7 +88,7 @@ class Bench:
         report: called with (event, facts).
     """
 
-    policy: LanguageModel
+    engine: Engine
     task: Task
     functions: Mapping[str, Scorer]
     sampling: Sampling
@@ -99,17 +100,33 @@ class Bench:
     fitted: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.encoder, self.engine = Encoder(self.policy), LocalGenerator(self.policy)
+        self.encoder = Encoder(self.engine.known)
+
+    @property
+    def policy(self) -> LanguageModel:
+        """The policy, for what needs the model itself.
+
+        Raises:
+            ConfigError: it runs on a server.
+        """
+        if isinstance(self.engine.known, LanguageModel):
+            return self.engine.known
+        raise ConfigError(
+            "predictions are learnt from the model itself, and a server shows its tokens only",
+            "server",
+            "Learn a value with `keel fit-value` from the same model, and give its folder.",
+        )
 
     # -- what is learnt --------------------------------------------------------------------------------------------
 
     def seen(self, num_prompts: int = FITTED_PROMPTS, num_generations: int = FITTED_SAMPLES) -> Experience:
         """Samples of the policy on training prompts, drawn once."""
         if "seen" not in self.fitted:
+            drawn_by = LocalGenerator(self.policy)
             some = [self.task.train[i] for i in range(min(num_prompts, len(self.task.train)))]
             self.report("phase", {"name": "samples", "steps": None, "text": f"sampling {len(some)} training prompts"})
             known: dict[str, Any] = {"encoder": self.encoder, "num_generations": num_generations, "seed": self.seed}
-            self.fitted["seen"] = experience(self.engine, some, self.functions, self.sampling, **known)
+            self.fitted["seen"] = experience(drawn_by, some, self.functions, self.sampling, **known)
             self.report("done", {})
         return self.fitted["seen"]
 
@@ -146,18 +163,23 @@ class Bench:
             options = {**options, needs: self.learnt(needs, 0.0)}
         if needs == "models" and not self.beside:
             raise ConfigError("needs a further model or prompt", name, "Give --beside NAME=MODEL (see its settings).")
-        return sampler(name, options)
+        made = sampler(name, options)
+        if getattr(getattr(made, "kernel", None), "reads", ()) and not self.engine.is_local:
+            raise ConfigError("compares all next tokens of several models, which must run here", name)
+        return made
 
     def chain(self, examples: Sequence[Example], made: Any) -> Any:
         """The chain of some prompts, with what stands beside it."""
         ids = [self.encoder.prompt(example.prompt) for example in examples]
         index = [example.index for example in examples]
-        if self.step is not None:
-            options = {"pad": self.policy.pad_id, "tokenizer": self.policy.tokenizer, "data_index": index}
-            return StepChain(ids, self.engine, self.sampling, delimiter=self.step, **options)
-        main = LocalChain(self.engine, ids, self.sampling, data_index=index)
+        main = self.engine.chain(ids, self.sampling, index, self.step)
+        if not isinstance(main, TokenChain):
+            return main
         others: dict[str, TokenChain] = {}
-        for name, (model, template) in self.beside.items():
+        for name in getattr(getattr(made, "kernel", None), "reads", ()):
+            if name not in self.beside:
+                raise ConfigError(f"reads '{name}', which is not there", "beside", f"Give --beside {name}=MODEL.")
+            model, template = self.beside[name]
             encoder = Encoder(model)
             texts = [encoder.prompt(_filled(template, example)) for example in examples]
             others[name] = LocalChain(LocalGenerator(model), texts, self.sampling, data_index=index)
@@ -172,16 +194,9 @@ class Bench:
         width = max(1, int(getattr(made, "num_particles", 1)) * _fan(made))
         out: list[Account] = []
         for some in _chunks(examples, max(1, MAX_ROWS // width)):
+            chain, value = self.chain(some, made), self._value(some)
             found, seconds = draw_particles(
-                self.engine,
-                made,
-                some,
-                self.functions,
-                self.sampling,
-                encoder=self.encoder,
-                seed=seed,
-                value=self._value(some),
-                chain=self.chain(some, made),
+                chain, made, some, self.functions, encoder=self.encoder, seed=seed, value=value
             )
             out += accounts(found, some, self.encoder, seconds)
         return out
@@ -243,6 +258,9 @@ def opened(
     beta: float = 0.1,
     beside: Mapping[str, Beside] | None = None,
     step: str | None = None,
+    engine: str | None = None,
+    server: Any = None,
+    top: int | None = None,
     seed: int = 0,
     device: str | None = None,
     report: Reporter = silent,
@@ -259,6 +277,7 @@ def opened(
         beta: of the tilt, for values that depend on it.
         beside: further models by name.
         step: text that ends a step; None goes token by token.
+        engine, server, top: what draws; see `keel.train.engines.open_engine`.
         sampling: of the prior.
 
     Raises:
@@ -274,12 +293,12 @@ def opened(
     functions = reward_functions(TaskSettings(name=found.name, rewards=named), found, given)
     if not functions:
         raise ConfigError("there is nothing to score completions with", "reward", "Give --reward MODULE:FUNCTION.")
-    policy = open_model(model, found, tokenizer, device, report)
+    drawn_by = open_engine(model, found, tokenizer, device, name=engine, server=server, top=top, report=report)
     chosen = build(Sampling, {"max_completion_length": found.max_completion_length, **(sampling or {})}, "sampling")
     examples = _examples(found, prompts)
-    bench = Bench(policy, found, functions, chosen, step=step, seed=counter_seed(seed, "fit"), report=report)
+    bench = Bench(drawn_by, found, functions, chosen, step=step, seed=counter_seed(seed, "fit"), report=report)
     bench.beside = {
-        name: (policy if b.model is None else open_model(b.model, found, None, device, report), b.prompt)
+        name: (bench.policy if b.model is None else open_model(b.model, found, None, device, report), b.prompt)
         for name, b in (beside or {}).items()
     }
     try:

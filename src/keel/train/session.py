@@ -25,6 +25,7 @@ from keel.train.configuration import Configuration
 from keel.train.encode import Encoder
 from keel.train.optimiser import Optimiser
 from keel.train.settings import TaskSettings, micro_batch_tokens
+from keel.train.strategies import check_strategy
 
 Reporter = Callable[[str, Mapping[str, Any]], None]
 TRUSTED = ("countdown",)  # verifiers of Keel's own that cannot hang run in the process itself
@@ -144,13 +145,15 @@ def build_session(
     }
     updates = train.max_steps * train.num_minibatches * train.num_iterations
     _check_context(config, policy)
+    drawing = choose_generator(policy, train.generator)
+    check_strategy(method, drawing)
     return Session(
         config=config,
         method=method,
         task=task,
         policy=policy,
         encoder=Encoder(policy, None if rollout is None else rollout.max_prompt_length, config.task.system_prompt),
-        generator=choose_generator(policy, train.generator),
+        generator=drawing,
         rewards=functions,
         sources=sources,
         heads=heads,

@@ -116,11 +116,18 @@ def open_model(model: Any, task: Task, tokenizer: Any, device: str | None, repor
     """A model by `tiny`, folder, run folder or hub name, or in memory."""
     if isinstance(model, LanguageModel):
         return model
+    return load(model_source(model, task, report), tokenizer, device=device)
+
+
+def model_source(model: Any, task: Task, report: Reporter = silent) -> Any:
+    """Where the files of a model are: a folder or hub name of a name, of a run its newest checkpoint."""
+    if isinstance(model, LanguageModel):
+        return model
     if model is None or model == TINY:
         model = ensure_base(_base_task(task), report=report)
     if isinstance(model, (str, Path)):
         model = run_checkpoint(Path(model)) or model
-    return load(model, tokenizer, device=device)
+    return model
 
 
 def run_checkpoint(path: Path) -> Path | None:

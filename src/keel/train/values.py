@@ -46,7 +46,7 @@ class LearnedValue:
     high: float
 
     def __call__(self, chain: TokenChain, x: Prefix, rng: Choice) -> Float[Tensor, "B"]:
-        out = self.reader(chain, x)[:, 0].double()
+        out = self.reader(chain, x, finished=False)[:, 0].double()
         if self.kind == "mean":
             return out.clamp(self.low, self.high)
         return (self.high + self.beta * F.logsigmoid(out)).clamp(min=self.low)
@@ -160,7 +160,7 @@ class LearnedJoint:
         return self.bins.lengths
 
     def __call__(self, chain: TokenChain, x: Prefix) -> Float[Tensor, "B R L"]:
-        found = self.reader(chain, x).double().softmax(-1).unflatten(-1, (self.bins.states, -1))
+        found = self.reader(chain, x, finished=False).double().softmax(-1).unflatten(-1, (self.bins.states, -1))
         return found.masked_fill(x.done[:, None, None], math.nan)  # the last prediction stays
 
 

@@ -30,6 +30,7 @@ from keel.verify.world import World
 
 Form = Literal["reward", "target", "data"]
 Level = Literal["sequence", "state"]
+ROOT = "sqrt "  # before the name of a divergence
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Objective:
 
     Args:
         form: what stands against the divergence: a reward, nothing but a target, or data.
-        divergence: name of the divergence, or None.
+        divergence: name of the divergence, or None; "sqrt NAME" is the root of its mean over prompts.
         level: over whole sequences, or per state with the visited states held fixed.
         beta: its coefficient; with a target, that of the tilt.
-        target: name of the target distribution, one of `TARGETS`.
+        target: name of the target distribution, one of `TARGETS`; with a reward, what the divergence is taken against
+            in place of the reference.
         settings: arguments of the recipe, which a target may read.
     """
 
@@ -76,10 +78,16 @@ class Objective:
     def distance(self, policy: TabularPolicy, world: World) -> Float[Tensor, ""]:
         """The divergence to the reference at this level."""
         assert self.divergence is not None
-        kind = f_divergence(self.divergence)
+        kind = f_divergence(self.divergence.removeprefix(ROOT))
         if self.level == "sequence":
-            return kind.value(sequence_log_probs(policy), world.log_probs("ref")).mean()
+            mean = kind.value(sequence_log_probs(policy), self.reference(world)).mean()
+            # the root has a corner at 0, where 0 is one of its slopes
+            return mean.clamp(min=1e-16).sqrt() if self.divergence.startswith(ROOT) else mean
         return held_divergence(kind, policy, world)
+
+    def reference(self, world: World) -> Float[Tensor, "Q S"]:
+        """log-probabilities of what a reward is weighed against: the reference, or a target that it names."""
+        return world.log_probs("ref") if self.target is None else self.target_log_probs(world)
 
     def target_log_probs(self, world: World) -> Float[Tensor, "Q S"]:
         """log P, by the target's definition.
@@ -98,8 +106,10 @@ class Objective:
         if not self.divergence:
             best = world.reward >= world.reward.amax(1, keepdim=True)
             return world.log_probs("ref").masked_fill(~best, -math.inf).log_softmax(-1)
+        if self.divergence.startswith(ROOT):
+            return _root_optimum(self, world)
         if self.level == "sequence":
-            return optimum(world.reward, world.log_probs("ref"), self.beta, f_divergence(self.divergence)).log_prob
+            return optimum(world.reward, self.reference(world), self.beta, f_divergence(self.divergence)).log_prob
         held = state_optimum(
             world.table("ref"), world.reward, self.beta, f_divergence(self.divergence), held_fixed=True
         )
@@ -124,6 +134,27 @@ def held_divergence(kind: FDivergence, policy: TabularPolicy, world: World) -> F
     return total / world.space.prompts
 
 
+def _root_optimum(claim: Objective, world: World) -> Float[Tensor, "Q S"]:
+    """That of E[r] - beta sqrt(D): the one of E[r] - eta D at which eta = beta / (2 sqrt(D)), by bisection in log eta.
+
+    2 eta sqrt(D) falls with eta; where it is below beta even for a large eta, the optimum is the reference.
+    """
+    assert claim.divergence is not None
+    kind, ref = f_divergence(claim.divergence.removeprefix(ROOT)), claim.reference(world)
+
+    def at(log_eta: float) -> tuple[Float[Tensor, "Q S"], float]:
+        best = optimum(world.reward, ref, math.exp(log_eta), kind)
+        return best.log_prob, 2 * math.exp(log_eta) * float(best.divergence.mean().sqrt())
+
+    low, high = math.log(1e-6), math.log(1e6)
+    if at(high)[1] <= claim.beta:
+        return ref
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[1] < claim.beta else (low, middle)
+    return at(high)[0]
+
+
 def candidates(beta: float) -> tuple[Objective, ...]:
     """The objectives that a loss may follow without saying so."""
     kinds = ("kl_policy_ref", "kl_ref_policy", "js", "jeffreys", "chi2_policy_ref", "chi2_ref_policy", "hellinger")
@@ -136,6 +167,15 @@ def candidates(beta: float) -> tuple[Objective, ...]:
 
 def _tilt(world: World, claim: Objective) -> Target:
     return targets.tilt(world.log_probs("ref"), world.reward, claim.beta)
+
+
+def _tilt_of_sampler(world: World, claim: Objective) -> Target:
+    return targets.tilt(world.log_probs("old"), world.reward, claim.beta)
+
+
+def _reweighted(world: World, claim: Objective) -> Target:
+    """The reference with the odds of e^(phi r): a tilt whose strength is not the coefficient of the divergence."""
+    return targets.posterior(world.log_probs("ref"), float(claim.settings["phi"]) * world.reward)
 
 
 def _posterior(world: World, claim: Objective) -> Target:
@@ -168,6 +208,13 @@ def _mode_anchor(world: World, claim: Objective) -> Target:
     return Target(torch.where(good, score.gather(1, anchor), score))
 
 
+def _win_rate_tilt(world: World, claim: Objective) -> Target:
+    """The tilt by E_ref[sigmoid(k (r - r_ref))]."""
+    gap = float(claim.settings["k"]) * (world.reward[:, :, None] - world.reward[:, None])
+    won = (gap.sigmoid() * world.log_probs("ref").exp()[:, None]).sum(2)
+    return targets.tilt(world.log_probs("ref"), won, claim.beta)
+
+
 def _curated(world: World, claim: Objective) -> Target:
     """A round of curation by the sampler's own samples, with a share of the reference's."""
     share = float(claim.settings["real_fraction"])
@@ -177,13 +224,24 @@ def _curated(world: World, claim: Objective) -> Target:
     )
 
 
+def _successes(world: World, claim: Objective) -> Target:
+    """The sampler, given that it succeeds."""
+    good = world.reward >= float(claim.settings["threshold"])
+    return Target(world.log_probs("old").masked_fill(~good, -math.inf))
+
+
 TARGETS: Mapping[str, Callable[[World, Objective], Target]] = {
     "tilt": _tilt,
+    "tilt_of_sampler": _tilt_of_sampler,
     "posterior": _posterior,
+    "reweighted": _reweighted,
+    "reference": lambda world, claim: Target(world.log_probs("ref")),
     "moments": _moments,
     "best_of_n": _best_of_reference,
     "best_of_sampler": _best_of_sampler,
     "teacher": lambda world, claim: targets.teacher(world.log_probs("teacher")),
     "mode_anchor": _mode_anchor,
     "curated": _curated,
+    "successes": _successes,
+    "win_rate_tilt": _win_rate_tilt,
 }
