@@ -47,7 +47,7 @@ def requests() -> list[tuple[Request, bool]]:
         ask("soft_best_of_n", WHOLE),
         ask("rejection", WHOLE, (1, 2, 4, 8), bound=1.0, max_samples=64, label="rejection, at most 64"),
         ask("quasi_rejection", WHOLE, (1, 2, 4, 8), max_samples=64, label="quasi_rejection, at most 64"),
-        ask("adaptive_best_of_n", WHOLE, output="best", stop_below=0.35),
+        ask("adaptive_best_of_n", WHOLE, output="best", stop_below=0.45),
         ask("smc", PARTICLES),
         ask("smc", PARTICLES, value=True, label="smc + value"),
         ask("twisted_smc", PARTICLES, FEW, value=True, k=4, label="twisted_smc + value"),
@@ -119,14 +119,14 @@ def write(curves: Sequence[Curve], facts: dict, minutes: float) -> None:
     DATA.write_text(json.dumps({"curves": [c.to_json() for c in curves], "facts": facts}, indent=1) + "\n")
     head, rows = cost_table(curves)
     first = curves[0].points[0]
-    learnt = "; ".join(f"{name}: " + ", ".join(f"{k} {v:.3g}" for k, v in f.items()) for name, f in facts.items())
+    learnt = "; ".join(f"{name}: " + ", ".join(_said(k, v) for k, v in f.items()) for name, f in facts.items())
     lines = [
         f"Measured on {processor()}, one thread, in {minutes:.0f} minutes: {first.prompts} held-out prompts,",
         f"{first.seeds} runs of each, 95% bootstrap intervals over prompts. Tokens, ESS, log Z, KL and milliseconds",
         f"are means for one prompt. Learnt from samples of the policy: {learnt}.",
         "",
         f"| {' | '.join(head)} |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|",
+        f"|---|--:|---|{'--:|' * (len(head) - 3)}",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
     ]
@@ -135,6 +135,10 @@ def write(curves: Sequence[Curve], facts: dict, minutes: float) -> None:
         raise ValueError(f"{PAGE} has no line {BEGIN!r} or no line {END!r}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}")
+
+
+def _said(name: str, value: float) -> str:
+    return f"{name} {value:,.0f}" if value >= 1000 else f"{name} {value:.3g}"
 
 
 def main() -> None:

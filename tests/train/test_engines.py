@@ -112,6 +112,8 @@ def test_a_learnt_value_reads_bare_texts_of_any_chain(base, url, learnt):
             before = chain.meter.scored.clone()
             found.append(value.reader(chain, same))
             assert int((chain.meter.scored - before).sum()) == int(texts.length.sum())
+            assert value(chain, same, Sample(0)).shape == (6,)  # nothing is read for finished ones
+            assert int((chain.meter.scored - before).sum()) == int(texts.length.sum())
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-4)
     assert float(found[0].std()) > 0
