@@ -17,7 +17,7 @@ from keel.core.chain import Chain, Prefix, TokenChain
 from keel.core.chance import Sample as Chance
 from keel.core.choice import generator
 from keel.core.errors import UserError
-from keel.core.rows import Rows
+from keel.core.rows import Rows, Stop
 from keel.models.language import LanguageModel
 from keel.models.load import load, save
 from keel.models.state_head import StateHead, fit, load_head, save_head
@@ -94,7 +94,8 @@ class Reader:
         """The numbers after each state; arbitrary for finished ones that are not asked for.
 
         Unfinished states of a chain that this reader stands beside come from caches; all others are read again from
-        their beginning, and those tokens are counted as scored.
+        their beginning, and those tokens are counted as scored. A text that ended by itself is judged before its end
+        token: readers are trained on the states from which tokens were chosen.
         """
         cached = self._cached(chain, x)
         missing = (x.done & finished) if cached is not None else (~x.done | finished)
@@ -105,7 +106,8 @@ class Reader:
         main: Any = chain.main if isinstance(chain, JointChain) else chain
         read = Prefix(*(getattr(x, name)[index] for name in ("tokens", "logp", "length", "stop", "prompt")))
         model = self.body or _policy_of(main)
-        states = last_states(model, main.rows(read).to(model.device), read.length.to(model.device))
+        before_end = read.length - (read.stop == int(Stop.EOS)).long()  # nothing was learnt after an end token
+        states = last_states(model, main.rows(read).to(model.device), before_end.to(model.device))
         found = states.new_zeros(len(x), states.shape[1]) if cached is None else cached.float()
         return self.head(found.index_copy(0, index.to(found.device), states)).to(x.length.device)
 
