@@ -40,6 +40,8 @@ class GRPOConfig:
     epsilon: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
     loss_type: str = "dapo"
     scale_rewards: str = "group"
     importance_sampling_level: str = "token"
@@ -108,6 +110,10 @@ def test_batches_count_generations():
             {"model.autocast": "bfloat16", "model.gradient_checkpointing": True},
         ),
         ({"warmup_steps": 0.1, "max_steps": 50}, "grpo", {"train.warmup_steps": 5}),
+        ({"delta": 2.0, "epsilon_high": 0.28}, "grpo_two_sided", {"delta": 2.0, "epsilon_high": 0.28}),
+        ({"loss_type": "sapo", "sapo_temperature_neg": 1.1}, "sapo", {"tau_negative": 1.1, "epsilon": None}),
+        ({"loss_type": "vespo", "vespo_k_pos": 1.5}, "vespo", {"k": 1.5}),
+        ({"loss_type": "luspo"}, "luspo", {"epsilon": 0.2}),
     ],
 )
 def test_settings(given, recipe, expected):
@@ -119,8 +125,8 @@ def test_settings(given, recipe, expected):
 @pytest.mark.parametrize(
     ("given", "lost"),
     [
-        ({"delta": 2.0}, "delta"),
-        ({"loss_type": "sapo"}, "loss_type"),
+        ({"delta": 2.0, "loss_type": "cispo"}, "delta"),
+        ({"loss_type": "mipo"}, "loss_type"),
         ({"lr_scheduler_type": Schedule.POLYNOMIAL}, "lr_scheduler_type"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
         ({"use_vllm": True}, "vllm_importance_sampling_mode"),

@@ -255,3 +255,15 @@ def returns(rows: Rows) -> Float[Tensor, "B"]:
     if rows.token_reward is not None:
         total = total + torch.where(rows.mask, rows.token_reward, torch.zeros_like(rows.token_reward)).sum(1)
     return total
+
+
+def scalar_reward(rows: Rows) -> Float[Tensor, "B"]:
+    """The one reward of each row; NaN where there is none.
+
+    Raises:
+        ValueError: no reward, or several columns.
+    """
+    if rows.reward is None or rows.reward.shape[1] != 1:
+        found = "none" if rows.reward is None else str(rows.reward.shape[1])
+        raise ValueError(f"this part reads one reward column, and there are {found}: put a WeightedSum before it")
+    return rows.reward[:, 0]

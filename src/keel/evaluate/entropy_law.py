@@ -44,6 +44,7 @@ def fit_entropy_law(entropy: Float[Tensor, "n"], reward: Float[Tensor, "n"]) -> 
 
     Source: "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models", 2025.
 
+    >>> import torch
     >>> law = fit_entropy_law(torch.tensor([0.0, 0.5, 1.0]), 0.8 - 0.2 * torch.tensor([0.0, 0.5, 1.0]).exp())
     >>> round(law.a, 3), round(law.b, 3), round(law.ceiling, 3)
     (0.2, 0.8, 0.6)

@@ -97,6 +97,18 @@ _LOSSES = {  # loss_type -> recipe and arguments
     "bnpo": ("grpo", {"aggregation": "token_mean"}),
     "dr_grpo": ("dr_grpo", {}),
     "cispo": ("cispo", {}),
+    "sapo": ("sapo", {}),
+    "vespo": ("vespo", {}),
+    "luspo": ("luspo", {}),
+}
+_SHAPES = {  # settings of a loss by name: TRL's and Keel's
+    "sapo": {"sapo_temperature_pos": "tau", "sapo_temperature_neg": "tau_negative"},
+    "vespo": {
+        "vespo_k_pos": "k",
+        "vespo_lambda_pos": "lam",
+        "vespo_k_neg": "k_negative",
+        "vespo_lambda_neg": "lam_negative",
+    },
 }
 
 
@@ -216,9 +228,17 @@ def _grpo(reader: _Reader, out: dict[str, Any]) -> str:
     out["scale_rewards"] = _scaling(reader.take("scale_rewards", "group"))
     epsilon, high = reader.take("epsilon", 0.2), reader.take("epsilon_high")
     level = reader.take("importance_sampling_level", "token")
+    delta = reader.take("delta")
+    if delta is not None and recipe == "grpo":
+        recipe, out["delta"] = "grpo_two_sided", float(delta)
+    elif delta is not None:
+        reader.lose("delta", f"no two-sided clip in {recipe}")
+    for theirs, ours in _SHAPES.get(recipe, {}).items():
+        if (value := reader.take(theirs)) is not None:
+            out[ours] = float(value)
     if recipe == "cispo":
         out["high"] = float(high if high is not None else epsilon)
-    else:
+    elif recipe not in _SHAPES:  # those clip nothing
         out["epsilon"] = float(epsilon)
         out |= {} if high is None else {"epsilon_high": float(high)}
         if level == "sequence":
@@ -233,7 +253,6 @@ def _grpo(reader: _Reader, out: dict[str, Any]) -> str:
                 "vllm_importance_sampling_mode", f"'{mode}' is not there; weights are truncated per token at {cap:g}"
             )
     for name, reason in {
-        "delta": "no two-sided clip; dual_clip bounds the loss of negative advantages",
         "sync_ref_model": "no moving reference in this recipe; models={'ref': EMA(...)} makes one",
         "mask_truncated_completions": "no mask of truncated completions",
         "top_entropy_quantile": "no entropy mask",

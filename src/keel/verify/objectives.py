@@ -83,7 +83,7 @@ class Objective:
             mean = kind.value(sequence_log_probs(policy), self.reference(world)).mean()
             # the root has a corner at 0, where 0 is one of its slopes
             return mean.clamp(min=1e-16).sqrt() if self.divergence.startswith(ROOT) else mean
-        return held_divergence(kind, policy, world)
+        return held_divergence(kind, policy, world, self.target or "ref")
 
     def reference(self, world: World) -> Float[Tensor, "Q S"]:
         """log-probabilities of what a reward is weighed against: the reference, or a target that it names."""
@@ -111,7 +111,7 @@ class Objective:
         if self.level == "sequence":
             return optimum(world.reward, self.reference(world), self.beta, f_divergence(self.divergence)).log_prob
         held = state_optimum(
-            world.table("ref"), world.reward, self.beta, f_divergence(self.divergence), held_fixed=True
+            world.table(self.target or "ref"), world.reward, self.beta, f_divergence(self.divergence), held_fixed=True
         )
         return sequence_log_probs(held.policy(world.space)).detach()
 
@@ -122,9 +122,9 @@ class Objective:
         return found
 
 
-def held_divergence(kind: FDivergence, policy: TabularPolicy, world: World) -> Float[Tensor, ""]:
-    """sum over visited states of D(pi(.|s), ref(.|s)), the visits held at the sampler's."""
-    ref, sampler = world.table("ref"), world.table("old")
+def held_divergence(kind: FDivergence, policy: TabularPolicy, world: World, against: str = "ref") -> Float[Tensor, ""]:
+    """sum over visited states of D(pi(.|s), ref(.|s)), the visits held at the sampler's; `against` names the model."""
+    ref, sampler = world.table(against), world.table("old")
     total = torch.zeros((), dtype=torch.float64)
     for prompt in range(world.space.prompts):
         rows = world.space.rows(prompt)

@@ -80,8 +80,8 @@ def _prepared(
     needs = method.frozen_needs(several_updates=True)
     before = _engine({**models, "policy": models["old"]}, method)
     frozen = before.measure([f for f in needs if not isinstance(f, Value)], rows, alias={"old": "policy"})
-    values = _exact_values(method, world, rows, frozen)
-    frozen = frozen.merged({f: values for f in {*needs, *method.update_needs()} if isinstance(f, Value)})
+    critics = [f for f in dict.fromkeys((*needs, *method.update_needs())) if isinstance(f, Value)]
+    frozen = frozen.merged({f: _exact_values(method, world, rows, frozen, f.head) for f in critics})
     return (method.prepare(rows, frozen, states) if method.kind == "online" else rows), frozen
 
 
@@ -112,12 +112,18 @@ def _live(method: Method, frozen: Stats) -> list[Functional]:
     return list(dict.fromkeys([*method.live_needs(), *swapped]))
 
 
-def _exact_values(method: Method, world: World, rows: Rows, frozen: Stats) -> Float[Tensor, "B T"]:
-    """The expected reward-to-go of the state before each token, under the sampler; zeros where nothing reads values."""
-    if not method.heads or method.kind != "online":
+def _exact_values(method: Method, world: World, rows: Rows, frozen: Stats, head: str) -> Float[Tensor, "B T"]:
+    """The expected reward-to-go of the state before each token, under the sampler; zeros where nothing is earned.
+
+    Where a part of the advantage has a stream of rewards for each critic, `stream(rows, head)`, that of this head.
+    """
+    if method.kind != "online":
         return torch.zeros(rows.tokens.shape, dtype=torch.float64)
     before = Method(rollout=method.rollout, transforms=method.transforms, models=method.models)
     seen = before.prepare(rows, frozen, before.initial_states())
+    for item in method.advantage.values():
+        if head in getattr(item, "heads_read", ()) and hasattr(item, "stream"):
+            seen = item.stream(seen, head)
     to_go = discounted_sum(reward_stream(seen), seen.mask, 1.0)
     space = world.space
     state = rows.prompt_ids[:, -1:] * space.prefixes + space.prefix_index(rows.tokens)

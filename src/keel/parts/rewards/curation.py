@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from keel.core.aggregate import Groups, ratio
+from keel.core.aggregate import scalar_reward as scalar_reward
 from keel.core.choice import counter_seed, uniforms
 from keel.core.registry import part
 from keel.core.rows import Rows
@@ -20,18 +21,6 @@ from keel.statistics.stats import Stats
 
 LIMIT = 20.0  # log-ratios beyond it are cut before exp
 CHOICE = counter_seed("curated choice")  # the counter of this part's randomness
-
-
-def scalar_reward(rows: Rows) -> Float[Tensor, "B"]:
-    """The one reward of each row; NaN where there is none.
-
-    Raises:
-        ValueError: no reward, or several columns.
-    """
-    if rows.reward is None or rows.reward.shape[1] != 1:
-        found = "none" if rows.reward is None else str(rows.reward.shape[1])
-        raise ValueError(f"this part reads one reward column, and there are {found}: put a WeightedSum before it")
-    return rows.reward[:, 0]
 
 
 def group_max(values: Float[Tensor, "B"], groups: Groups) -> Float[Tensor, "N"]:

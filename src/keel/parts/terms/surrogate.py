@@ -1,7 +1,7 @@
 """Surrogates: f(rho) in the loss -A f(rho), for the ratio rho = pi / pi_old of a token or a sequence."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from torch import Tensor
 from keel.core.aggregate import Aggregation, ratio
 from keel.core.registry import part
 from keel.core.rows import Rows
-from keel.statistics.functionals import LogProb
+from keel.statistics.functionals import Functional, LogProb
 from keel.statistics.stats import Stats
 
 LIMIT = 20.0  # log-ratios beyond +-20 are cut before exp, which would overflow
@@ -18,10 +18,18 @@ LIMIT = 20.0  # log-ratios beyond +-20 are cut before exp, which would overflow
 
 @runtime_checkable
 class Objective(Protocol):
-    """(log_ratio, log_prob, advantage) -> A * f(rho), all [B, T]."""
+    """(log_ratio, log_prob, advantage) -> A * f(rho), all [B, T].
+
+    One that looks beyond its token names what it reads in `needs`, be it nothing, and is called with the rows and their
+    statistics, too; with `additive` False where slices of a batch do not add up.
+    """
 
     def __call__(
-        self, log_ratio: Float[Tensor, "B T"], log_prob: Float[Tensor, "B T"], advantage: Float[Tensor, "B T"]
+        self,
+        log_ratio: Float[Tensor, "B T"],
+        log_prob: Float[Tensor, "B T"],
+        advantage: Float[Tensor, "B T"],
+        *batch: Any,
     ) -> Float[Tensor, "B T"]:
         """What the step increases, at each token."""
         ...
@@ -130,8 +138,12 @@ class Surrogate:
     f: Objective
     level: Literal["token", "sequence", "trajectory"] = "token"
 
-    needs = (LogProb(), LogProb(of=("old",)))
-    additive = True
+    needs: ClassVar[tuple[Functional, ...]] = (LogProb(), LogProb(of=("old",)))
+    additive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", (*type(self).needs, *getattr(self.f, "needs", ())))
+        object.__setattr__(self, "additive", getattr(self.f, "additive", True))
 
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, "B T"]:
         """A f(rho), [B, T].
@@ -141,7 +153,8 @@ class Surrogate:
         """
         if rows.advantage is None:
             raise ValueError("the surrogate needs an advantage: the method's chain `advantage` is empty")
-        return self.f(self.log_ratio(rows, stats), stats[LogProb()], rows.advantage)
+        batch = (rows, stats) if hasattr(self.f, "needs") else ()
+        return self.f(self.log_ratio(rows, stats), stats[LogProb()], rows.advantage, *batch)
 
     def log_ratio(self, rows: Rows, stats: Stats) -> Float[Tensor, "B T"]:
         """log rho at the chosen level, 0 off the mask."""

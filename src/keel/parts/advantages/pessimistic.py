@@ -1,0 +1,57 @@
+"""Advantages over the more pessimistic of two critics."""
+
+from dataclasses import dataclass
+
+import torch
+
+from keel.core.aggregate import returns
+from keel.core.registry import part
+from keel.core.rows import Rows
+from keel.statistics.critics import check_critics, soft_min
+from keel.statistics.functionals import Functional, Value
+from keel.statistics.stats import Stats
+
+
+@part("soft_min_critics", paper=12)
+@dataclass(frozen=True)
+class SoftMinCritics:
+    """A_t = R - V(s_t), V the soft minimum of two critics; R is the return of the whole completion.
+
+    `columns["returns"]` = R and `columns["values"]` = V travel to the value loss.
+
+    Args:
+        sharpness: a of the soft minimum; 0 is the minimum, infinity the mean.
+        heads: names of the two value heads.
+
+    Raises:
+        ValueError: sharpness not positive, or not two different heads.
+
+    Source: "SAFE: Stable Alignment Finetuning with Entropy-Aware Predictive Control for RLHF", 2026; its critics see
+    the completion as one step, here each token has a value.
+    """
+
+    sharpness: float = 0.3
+    heads: tuple[str, str] = ("value_a", "value_b")
+
+    def __post_init__(self) -> None:
+        check_critics(self.sharpness, self.heads)
+
+    @property
+    def heads_read(self) -> tuple[str, ...]:
+        """The critics."""
+        return self.heads
+
+    @property
+    def needs(self) -> tuple[Functional, ...]:
+        """Their values before the update."""
+        return tuple(Value(head, of=("old",)) for head in self.heads)
+
+    def __call__(self, rows: Rows, stats: Stats) -> Rows:
+        first, second = (stats[need] for need in self.needs)
+        value = soft_min(first, second, self.sharpness)
+        value = torch.where(rows.mask, value, torch.zeros_like(value))
+        earned = returns(rows).to(value.dtype)[:, None].expand_as(value)
+        scored = rows.mask & ~earned.isnan()
+        gain = torch.where(scored, earned - value, torch.zeros_like(value))
+        known = torch.where(scored, earned, value)  # what has no reward teaches the critics nothing
+        return rows.with_(advantage=gain, columns={**rows.columns, "returns": known, "values": value})
