@@ -9,6 +9,7 @@ from tests.parts.k8 import MASK, k8_rows, k8_stats
 from keel.core.rows import Stream
 from keel.parts.terms.surrogate import CISPO, Clipped, Surrogate, Unclipped
 from keel.parts.weights.importance import TruncatedImportance
+from keel.statistics.functionals import LogProb
 
 CUT = math.exp(20.0)
 FORMS = {"unclipped": Unclipped(), "clipped": Clipped(1.0, 1e12), "cispo": CISPO(0.0, 1e12)}
@@ -33,7 +34,7 @@ def test_importance_weights_are_cut_at_twenty(level, far, weight):
     rows, stats = k8_rows(), k8_stats()
     apart = torch.zeros(8, 4, dtype=torch.float64)
     apart[:, 0] = far
-    old = stats[Surrogate.needs[1]]
+    old = stats[LogProb(of=("old",))]
     found = TruncatedImportance(1e12, level)(rows.with_(logp={"behaviour": old - apart}), stats)
     assert found[:, 0].tolist() == pytest.approx([weight] * 8, rel=1e-9)
 

@@ -32,6 +32,7 @@ from keel.recipes.policy_gradient import unclipped_grpo
 from keel.recipes.registry import recipe_named, recipes
 from keel.rollouts.rollout import Rollout
 from keel.statistics.engine import Engine
+from keel.statistics.functionals import LogProb
 from keel.statistics.stats import Stats
 
 NEUTRAL = [name for name, recipe in recipes().items() if recipe.neutral]
@@ -76,7 +77,7 @@ def test_switches_that_are_off():
     assert_equal(outcome(grpo(epsilon_high=0.2)), plain)
     assert_equal(outcome(recipe_named("dapo")(epsilon_high=0.2)), plain)  # no completion comes near the limit
     assert_same(outcome(grpo(dual_clip=1e6)), plain)
-    agree = rows_for(grpo()).with_(logp={"behaviour": outcome(grpo()).stats[Surrogate.needs[1]]})
+    agree = rows_for(grpo()).with_(logp={"behaviour": outcome(grpo()).stats[LogProb(of=("old",))]})
     assert_same(outcome(grpo(importance_cap=2.0), agree), plain)
 
 

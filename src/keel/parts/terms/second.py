@@ -9,6 +9,7 @@ from torch import Tensor
 from keel.core.registry import part
 from keel.core.rows import Rows
 from keel.parts.terms.surrogate import Clipped, Objective, Surrogate
+from keel.statistics.functionals import LogProb
 from keel.statistics.stats import Stats
 
 
@@ -28,7 +29,7 @@ class SecondSurrogate:
     f: Objective = Clipped()
     column: str = "global_advantage"
     level: Literal["token", "sequence", "trajectory"] = "token"
-    needs = Surrogate.needs
+    needs = (LogProb(), LogProb(of=("old",)))
     additive = True
 
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, "B T"]:

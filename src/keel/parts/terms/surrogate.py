@@ -1,7 +1,7 @@
 """Surrogates: f(rho) in the loss -A f(rho), for the ratio rho = pi / pi_old of a token or a sequence."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -138,12 +138,15 @@ class Surrogate:
     f: Objective
     level: Literal["token", "sequence", "trajectory"] = "token"
 
-    needs: ClassVar[tuple[Functional, ...]] = (LogProb(), LogProb(of=("old",)))
-    additive: ClassVar[bool] = True
+    @property
+    def needs(self) -> tuple[Functional, ...]:
+        """Both log-probabilities, and what the objective names."""
+        return (LogProb(), LogProb(of=("old",)), *getattr(self.f, "needs", ()))
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "needs", (*type(self).needs, *getattr(self.f, "needs", ())))
-        object.__setattr__(self, "additive", getattr(self.f, "additive", True))
+    @property
+    def additive(self) -> bool:
+        """As the objective says."""
+        return getattr(self.f, "additive", True)
 
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, "B T"]:
         """A f(rho), [B, T].
