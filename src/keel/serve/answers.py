@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from keel.serve.writing import Piece
 
 
 @dataclass
-class Answer:
+class Answer(ABC):
     """What is common to both kinds of answer; `choice` is made of a piece of a completion, or of all of it.
 
     Args:
@@ -83,14 +84,16 @@ class Answer:
         prompts, index = self.job.prompts, int(self.job.prompts.index[row])
         return prompts.ids[index][prompts.mask[index]].tolist()
 
+    @abstractmethod
     def _head(self, stream: bool) -> dict[str, Any]:
-        raise NotImplementedError
+        """What stands before the choices."""
 
     def _prompt(self, stream: bool) -> dict[str, Any]:
         return {}
 
+    @abstractmethod
     def _choice(self, piece: Piece, ids: list[int], stream: bool) -> dict[str, Any]:
-        raise NotImplementedError
+        """One piece of a completion as a choice."""
 
 
 class Completion(Answer):
