@@ -1,9 +1,26 @@
 """SMC on the three-step chain: every number of the worked example, by enumeration of all that can happen."""
 
+import math
+
 import pytest
 import torch
-from tests.sampling.chain3 import BETA, MEAN, PRIOR, SOFT, TILT, Z, estimates, leaf_law, sampled_law, total_variation
+from tests.sampling.chain3 import (
+    BETA,
+    MEAN,
+    PRIOR,
+    REWARD,
+    SOFT,
+    TILT,
+    Z,
+    chain,
+    estimates,
+    leaf_law,
+    leaves,
+    sampled_law,
+    total_variation,
+)
 
+from keel.core.chance import Sample
 from keel.sampling.kernels import Twisted
 from keel.sampling.smc import SMC
 
@@ -53,3 +70,9 @@ def test_one_particle_without_a_value_is_the_prior():
 def test_many_particles_approach_the_tilt():
     shares = sampled_law(SMC(64, BETA), 4000, value=MEAN)
     assert total_variation(shares) < 0.03
+
+
+def test_without_a_tilt_the_prior_is_left_and_rewards_are_known():
+    found = SMC(4, float("inf"))(chain(3), Sample(0))
+    assert bool((found.log_w == -math.log(4)).all()) and found.log_z.abs().max() < 1e-12
+    assert torch.equal(found.reward.flatten(), REWARD[0][leaves(found)])

@@ -171,8 +171,12 @@ def test_a_reward_that_fails_is_named(base):
     def broken(prompts, completions, **columns):
         raise RuntimeError("no oracle today")
 
-    with pytest.raises(UserError, match="no oracle today"):
-        keel.sample(base, 1, task="countdown", method="smc", reward=broken)
+    def too_few(prompts, completions, **columns):
+        return [1.0]
+
+    for reward, said in ((broken, "no oracle today"), (too_few, "returned 1 value")):
+        with pytest.raises(UserError, match=said):
+            keel.sample(base, 1, task="countdown", method="soft_best_of_n", reward=reward)
 
 
 def test_what_is_wrong_is_named(base):

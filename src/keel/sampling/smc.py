@@ -219,8 +219,9 @@ def finish(
     reward: Float[Tensor, "P N"] | None = None,
     **details: Float[Tensor, "P"],
 ) -> Particles:
-    """The result of a swarm in which all are done; its rewards are beta log psi unless they are given."""
-    reward = swarm.log_psi * beta if reward is None else reward
+    """The result of a swarm in which all are done; rewards that are not given are what each was judged at last."""
+    if reward is None:
+        reward = swarm.log_psi * beta if swarm.value is None else swarm.value
     families = torch.zeros_like(swarm.log_w).scatter(1, swarm.eve, 1.0).sum(1)
     pick = rng.categorical(swarm.log_w, "pick") if output == "draw" else best(reward, rng, swarm.log_w > -math.inf)
     return Particles(

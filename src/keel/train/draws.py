@@ -47,8 +47,8 @@ class TextReward:
         replies: list[Text] = [reply(text, e) for text, e in zip(texts, owners, strict=True)]
         names = dict.fromkeys(name for e in owners for name in e.columns)
         columns = {name: [e.columns.get(name) for e in owners] for name in names}
-        prompts = [e.prompt for e in owners]
-        found = score(self.functions, prompts, replies, [list(key[1:]) for key in keys], columns, range(len(keys)))
+        prompts, group = [e.prompt for e in owners], [key[0] for key in keys]
+        found = score(self.functions, prompts, replies, [list(key[1:]) for key in keys], columns, group)
         total = found.values.double().nansum(1)
         unknown = found.failed | found.values.isnan().all(1)
         if bool(unknown.any()):
