@@ -35,7 +35,7 @@ TABLE = {  # value, N -> sd of Z_hat, total variation of the pick
 }
 
 
-@pytest.mark.parametrize(("value", "n"), [key for key in TABLE if key[1] == 2])
+@pytest.mark.parametrize(("value", "n"), list(TABLE))
 def test_the_table_of_the_worked_example(value, n):
     sampler = SMC(n, BETA, "multinomial", ess_threshold=2.0)
     mean, deviation, tilted = estimates(sampler, VALUES[value])
