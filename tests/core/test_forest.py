@@ -102,7 +102,7 @@ def test_rows_of_the_uneven_tree():
     assert rows.columns["branch"].tolist() == [3, 3, 3, 2]
     assert rows.logp["behaviour"][1].tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.6, -0.7])
     assert rows.logp["behaviour"][0].tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.5, 0.0])
-    assert rows.weight.tolist() == [0, 1, 1, 1] and rows.reward is not None and rows.reward.shape == (4, 1)
+    assert rows.weight.tolist() == [0, 1, 1, 1] and rows.reward.tolist() == [[1.0], [2.0], [3.0], [4.0]]
     assert rows.prompt_ids.tolist() == [[7]] * 4 and rows.group.tolist() == [0] * 4
     assert bool((rows.mult == 1).all()) and bool(rows.owner.all())
 

@@ -94,7 +94,7 @@ class Answers:
 
     def unused(self, *given):
         """What best-of-k does not ask of a chain."""
-        raise NotImplementedError
+        raise AssertionError("best-of-k asked a chain for more than completions and rewards")
 
     propose = extend = select = is_done = value = key = unused
 

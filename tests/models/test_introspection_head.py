@@ -106,14 +106,19 @@ def test_the_loss_is_least_where_the_slice_gives_the_frequencies():
 
 def test_the_loss_adds_the_kl_and_holds_the_teacher_constant():
     torch.manual_seed(1)
-    student, teacher = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9, requires_grad=True)
+    student, teacher = (torch.randn(4, 9, dtype=torch.float64, requires_grad=True) for _ in range(2))
     label = torch.tensor([0, 1, 2, 3])
     plain, _ = introspection_loss(student, label, SMALL)
     loss, parts = introspection_loss(student, label, SMALL, teacher, kl_coef=10.0, top_k=3)
     torch.testing.assert_close(loss, plain + 10 * parts["kl"])
     torch.testing.assert_close(parts["kl"], truncated_kl(student, teacher, SMALL, 3).mean().detach())
     loss.backward()
-    assert teacher.grad is None and student.grad is not None
+    assert teacher.grad is None
+    for place in ((0, 0), (1, 4), (3, 8)):
+        step = torch.zeros(4, 9, dtype=torch.float64)
+        step[place] = 1e-6
+        ends = [introspection_loss(student.detach() + s, label, SMALL, teacher, 10.0, 3)[0] for s in (step, -step)]
+        assert float(student.grad[place]) == pytest.approx(float(ends[0] - ends[1]) / 2e-6, abs=1e-7)
     without, _ = introspection_loss(student, label, SMALL, teacher, kl_coef=0.0)
     torch.testing.assert_close(without, plain)
     with pytest.raises(ValueError, match="kl_coef"):
