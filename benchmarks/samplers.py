@@ -113,7 +113,7 @@ def facts_of(bench: Bench) -> dict[str, dict]:
     return {name: entry[1] for name, entry in bench.fitted.items() if isinstance(entry, tuple)}
 
 
-def write(curves: Sequence[Curve], facts: dict, minutes: float) -> None:
+def write(curves: Sequence[Curve], facts: dict) -> None:
     """The picture, the data, and the table between the markers of the page."""
     write_cost_picture(PICTURE, curves)
     DATA.write_text(json.dumps({"curves": [c.to_json() for c in curves], "facts": facts}, indent=1) + "\n")
@@ -121,7 +121,7 @@ def write(curves: Sequence[Curve], facts: dict, minutes: float) -> None:
     first = curves[0].points[0]
     learnt = "; ".join(f"{name}: " + ", ".join(_said(k, v) for k, v in f.items()) for name, f in facts.items())
     lines = [
-        f"Measured on {processor()}, one thread, in {minutes:.0f} minutes: {first.prompts} held-out prompts,",
+        f"Measured on {processor()}, one thread: {first.prompts} held-out prompts,",
         f"{first.seeds} runs of each, 95% bootstrap intervals over prompts. Tokens, ESS, log Z, KL and milliseconds",
         f"are means for one prompt. Learnt from samples of the policy: {learnt}.",
         "",
@@ -167,7 +167,7 @@ def main() -> None:
         print("  ".join(cell.rjust(9) if i else cell.ljust(36) for i, cell in enumerate(row)))
     minutes = (time.monotonic() - begun) / 60
     if arguments.write:
-        write(curves, {**stored["facts"], **facts}, minutes)
+        write(curves, {**stored["facts"], **facts})
         print(f"{PAGE} and {PICTURE} are written", file=sys.stderr)
     if arguments.html:
         write_cost(arguments.html, curves, "python -m benchmarks.samplers")

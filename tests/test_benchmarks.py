@@ -75,7 +75,7 @@ def test_every_sampler_has_its_curve_and_the_page_keeps_its_prose(tmp_path, monk
     for name in ("PAGE", "PICTURE", "DATA"):
         monkeypatch.setattr(samplers, name, tmp_path / getattr(samplers, name).name)
     samplers.PAGE.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
-    samplers.write(curves(), {"soft": {"explained": 0.125}}, 3.2)
+    samplers.write(curves(), {"soft": {"explained": 0.125}})
     written = samplers.PAGE.read_text()
     assert written.startswith("before\n") and written.endswith("after\n") and "old" not in written
     assert "explained 0.125" in written and written.count("| smc |") == 3
