@@ -16,7 +16,10 @@ Set = Annotated[
 ]
 Model = Annotated[str | None, typer.Option("--model", help="tiny, a folder, a run's folder, or a hub name.")]
 ModelArgument = Annotated[str, typer.Argument(help="tiny, a folder, a run's folder, or a hub name.")]
-Task = Annotated[str | None, typer.Option("--task", help="countdown, or the name of a reasoning-gym data set.")]
+Task = Annotated[
+    str | None,
+    typer.Option("--task", help="countdown, a data set of reasoning-gym, verifiers:ID, or one's own as file.py:NAME."),
+]
 Data = Annotated[str | None, typer.Option("--data", help="JSONL, Parquet, or a saved data set, in place of a task.")]
 Reward = Annotated[
     list[str] | None,

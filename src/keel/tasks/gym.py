@@ -47,10 +47,12 @@ class GymTask:
         seed: of the questions.
         system_prompt: if given, prompts are messages: this one, then the question.
         max_completion_length: in tokens.
+        level: difficulty by the data set's own curriculum, 0 the easiest; it sets keys of the configuration, which
+            `config` may override. None leaves the defaults of the data set.
         config: keys of the data set's configuration.
 
     Raises:
-        ConfigError: an unknown data set, or a wrong key or value.
+        ConfigError: an unknown data set, a wrong key or value, or a level of a data set without a curriculum.
         DataError: the data set has too few different questions.
     """
 
@@ -62,12 +64,15 @@ class GymTask:
         seed: int = 0,
         system_prompt: str | None = None,
         max_completion_length: int = 512,
+        level: int | None = None,
         **config: Any,
     ):
         for key, value, low in (("size", size, 1), ("held_out", held_out, 1), ("seed", seed, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value < _HALF // 4:
                 fix = f"It must be a whole number from {low} to {_HALF // 4 - 1}."
                 raise ConfigError(f"got {value!r}.", where=f"task {name}, {key}", fix=fix)
+        if level is not None:
+            config = {**_at_level(name, level), **config}
         self.name = f"reasoning_gym:{name}"
         self._system_prompt = system_prompt
         items = self._distinct(name, held_out, seed, config)
@@ -178,6 +183,36 @@ def _generate(dataset: Any, position: int) -> Item | None:
         return None
 
 
+def _at_level(name: str, level: Any) -> Item:
+    """What the data set's curriculum sets at a level."""
+    if name not in gym_names():
+        return {}  # `_create` says so
+    from reasoning_gym.coaching.base_curriculum import RangeAttributeDefinition
+    from reasoning_gym.factory import create_curriculum, has_curriculum
+
+    where = f"task {name}, level"
+    if not has_curriculum(name):
+        raise ConfigError("this data set has no curriculum.", where, "Give keys of its configuration instead.")
+    curriculum = create_curriculum(name)
+    attributes = curriculum.attributes.values()
+    highest = max(len(attribute.levels) for attribute in attributes) - 1
+    if not isinstance(level, int) or isinstance(level, bool) or not 0 <= level <= highest:
+        raise ConfigError(f"got {level!r}.", where, f"It must be a whole number from 0 to {highest}.")
+    for attribute in attributes:
+        curriculum.set_attr_level(attribute.name, min(level, len(attribute.levels) - 1))
+    config = curriculum.generate_configuration()
+    keys = [
+        key
+        for attribute in attributes
+        for key in (
+            (attribute.lower_field_name, attribute.upper_field_name)
+            if isinstance(attribute, RangeAttributeDefinition)
+            else (attribute.field_name,)
+        )
+    ]
+    return {key: getattr(config, key) for key in keys}
+
+
 def _create(name: str, seed: int, size: int, config: Item) -> Any:
     """The data set, its configuration checked."""
     if name not in gym_names():
@@ -187,7 +222,7 @@ def _create(name: str, seed: int, size: int, config: Item) -> Any:
     allowed = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
     for key in config:
         if key not in allowed:
-            own = ["size", "held_out", "seed", "system_prompt", "max_completion_length"]
+            own = ["size", "held_out", "seed", "system_prompt", "max_completion_length", "level", "attempts"]
             raise ConfigError(
                 f"unknown option.{nearest(key, own + allowed)}",
                 where=f"task {name}, {key}",
