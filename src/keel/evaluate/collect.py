@@ -14,7 +14,10 @@ from torch import Tensor
 from keel.core.aggregate import ratio
 from keel.core.rows import Rows, Stop
 from keel.evaluate.evaluation import Completion, Samples
+from keel.rollouts.episodes import Played
 from keel.rollouts.sampling import Generator, Sampling
+
+RECORDED = "rewards/"  # prefix of the numbers of one reward function
 
 
 @runtime_checkable
@@ -74,6 +77,8 @@ def collect(
     statistics: Callable[[Rows], dict[str, Float[Tensor, "B T"]]] | None = None,
     combine: Callable[[Float[Tensor, "B K"]], Float[Tensor, "B"]] | None = None,
     verdict: str | None = None,
+    hidden: Sequence[str] = (),
+    episodes: Callable[[list[Any]], Played] | None = None,
     max_rows: int = 1024,
     keep: int = 8,
     progress: Callable[[int, int], None] | None = None,
@@ -94,12 +99,14 @@ def collect(
         statistics: rows -> numbers per token, of which "entropy" and "kl" are used.
         combine: columns of rewards -> one reward; by default their sum, NaN left out.
         verdict: name of the reward function that tells correct from wrong; by default the combined reward does.
+        hidden: names of reward functions that are measured but not part of the reward.
+        episodes: plays `num_generations` episodes of each of some examples, in place of the generator.
         max_rows: completions in one batch, at most (a prompt's samples stay together).
         keep: prompts of which two completions are kept to be looked at, spread over the examples.
         progress: called with (prompts done, all prompts) after each batch.
 
     Raises:
-        ValueError: no examples, or no reward function named `verdict`.
+        ValueError: no examples, or no reward function named `verdict` or as one of `hidden`.
     """
     if not len(examples):
         raise ValueError("there are no examples to evaluate on")
@@ -110,19 +117,28 @@ def collect(
     completions: list[Completion] = []
     for start in range(0, len(examples), size):
         some = [examples[place] for place in range(start, min(start + size, len(examples)))]
-        rows = generator.generate(
-            [encode(example.prompt) for example in some],
-            num_generations,
-            sampling,
-            seed=seed,
-            data_index=[example.index for example in some],
+        played = None if episodes is None else episodes(some)
+        rows = (
+            played.rows
+            if played is not None
+            else generator.generate(
+                [encode(example.prompt) for example in some],
+                num_generations,
+                sampling,
+                seed=seed,
+                data_index=[example.index for example in some],
+            )
         )
         repeated = [example for example in some for _ in range(num_generations)]
         ids = [row[mask].tolist() for row, mask in zip(rows.tokens.cpu(), rows.mask.cpu(), strict=True)]
-        texts = [decode(tokens) for tokens in ids]
+        present = zip(rows.tokens.cpu(), rows.present.cpu(), strict=True)  # with what an environment said
+        texts = [decode(row[seen].tolist()) for row, seen in present]
         replies = [_reply(text, example) for text, example in zip(texts, repeated, strict=True)]
-        scores = score([e.prompt for e in repeated], replies, ids, _columns(repeated), rows.group)
-        batch = _rewards(scores, combine, verdict) | _measured(rows, statistics)
+        columns = _columns(repeated)
+        if played is not None:
+            replies, columns = list(played.replies), columns | played.columns
+        scores = score([e.prompt for e in repeated], replies, ids, columns, rows.group)
+        batch = _rewards(scores, combine, verdict, hidden) | _measured(rows, statistics)
         batch["answers"] = [answer(reply, e) for reply, e in zip(replies, repeated, strict=True)] if answer else None
         batch["texts"] = [text.strip() for text in texts]
         batches.append(batch)
@@ -130,8 +146,10 @@ def collect(
         completions += _shown(some, shown, texts, batch, num_generations, encode, decode)
         if progress is not None:
             progress(start + len(some), len(examples))
+    stacked = {n: _stack(batches, n, num_generations) for n in batches[0] if n not in ("answers", "texts")}
     return Samples(
-        **{name: _stack(batches, name, num_generations) for name in batches[0] if name not in ("answers", "texts")},
+        **{name: values for name, values in stacked.items() if not name.startswith(RECORDED)},
+        rewards={name.removeprefix(RECORDED): stacked[name] for name in stacked if name.startswith(RECORDED)},
         answers=_listed(batches, "answers", num_generations) if answer else None,
         texts=_listed(batches, "texts", num_generations),
         index=tuple(int(example.index) for example in examples),
@@ -148,15 +166,19 @@ def _columns(examples: Sequence[Prompted]) -> dict[str, list]:
     return {name: [example.columns.get(name) for example in examples] for name in names}
 
 
-def _rewards(scores: Scored, combine, verdict: str | None) -> dict[str, Any]:
-    values = scores.values.detach().cpu().double()
-    if verdict is not None and verdict not in scores.names:
-        raise ValueError(f"no reward function is named '{verdict}'; there are {', '.join(scores.names)}")
+def _rewards(scores: Scored, combine, verdict: str | None, hidden: Sequence[str]) -> dict[str, Any]:
+    values, names = scores.values.detach().cpu().double(), list(scores.names)
+    for name in (*hidden, *([] if verdict is None else [verdict])):
+        if name not in names:
+            raise ValueError(f"no reward function is named '{name}'; there are {', '.join(names)}")
     failed = scores.failed.cpu().bool()
-    total = (combine(values) if combine else _sum(values)).masked_fill(failed, math.nan)
-    if verdict is None:
-        return {"reward": total}
-    return {"reward": total, "verdict": values[:, list(scores.names).index(verdict)].masked_fill(failed, math.nan)}
+    counted = values[:, [k for k, name in enumerate(names) if name not in hidden]]
+    found: dict[str, Any] = {"reward": (combine(counted) if combine else _sum(counted)).masked_fill(failed, math.nan)}
+    if verdict is not None:
+        found["verdict"] = values[:, names.index(verdict)].masked_fill(failed, math.nan)
+    if len(names) > 1:
+        found |= {f"{RECORDED}{name}": values[:, k].masked_fill(failed, math.nan) for k, name in enumerate(names)}
+    return found
 
 
 def _sum(values: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:

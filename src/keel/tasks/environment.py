@@ -29,12 +29,14 @@ class Answer:
         reward: of this turn; an episode's reward is the sum.
         done: whether the episode is over.
         reason: in a word or two, for logs: "solved", "out of guesses".
+        role: of the message where the prompt is messages: "user", or "tool" where the chat template knows it.
     """
 
     text: str = ""
     reward: float = 0.0
     done: bool = False
     reason: str = ""
+    role: str = "user"
 
 
 @runtime_checkable
@@ -69,5 +71,8 @@ class InteractiveTask(Task, Protocol):
         ...
 
     def demonstration(self, example: Example, seed: int) -> Sequence[tuple[str, bool]] | None:
-        """A good episode in pieces (text, whether the model wrote it), drawn by `seed`; None where none is known."""
+        """A good episode in pieces (text, whether the model wrote it), drawn by `seed`; None where none is known.
+
+        A piece of the model holds the stop string that ends its turn; without one it ends with the end token.
+        """
         ...

@@ -15,6 +15,7 @@ from keel.core.errors import ConfigError
 from keel.models.load import save
 from keel.models.tiny import TinyConfig, build_tiny
 from keel.recipes.registry import recipe_named
+from keel.tasks.environment import InteractiveTask
 from keel.tasks.task import Task
 from keel.train.configuration import Configuration
 from keel.train.online import run
@@ -53,7 +54,7 @@ def ensure_base(task: Task, how: BaseRecipe | None = None, report: Reporter = si
     Raises:
         ConfigError: the task states no alphabet, so that the built-in model cannot read it.
     """
-    how = how or BaseRecipe()
+    how = how or base_recipe(task)
     if not task.characters:
         raise ConfigError(
             f"the built-in model does not know the alphabet of task '{task.name}'",
@@ -85,9 +86,18 @@ def ensure_base(task: Task, how: BaseRecipe | None = None, report: Reporter = si
     return final
 
 
+def base_recipe(task: Task) -> BaseRecipe:
+    """The usual one, or the settings that the task itself has under `base_recipe`."""
+    own = dict(getattr(task, "base_recipe", None) or {})
+    return BaseRecipe(**{**own, "shape": TinyConfig(**own.get("shape", {}))})
+
+
 def _held_out(task: Task) -> str:
-    """Digest of what is held out, so that no cached base has learnt it."""
-    prompts = json.dumps([example.prompt for example in task.held_out])
+    """Digest of what is held out, so that no cached base has learnt it; of episodes also of what they look like."""
+    known: list = [example.prompt for example in task.held_out]
+    if isinstance(task, InteractiveTask):
+        known += [[e.columns, task.demonstration(e, 0)] for e in task.held_out]
+    prompts = json.dumps(known)
     return hashlib.blake2b(prompts.encode(), digest_size=8).hexdigest()
 
 

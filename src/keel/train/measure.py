@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,9 +16,11 @@ from keel.evaluate.support import Classes, compare_support
 from keel.models.language import LanguageModel
 from keel.parts.rewards.score import score
 from keel.rollouts.choose import choose_generator
-from keel.rollouts.sampling import Sampling
+from keel.rollouts.episodes import Limits, Played, play
+from keel.rollouts.sampling import Generator, Sampling
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import Divergence, Entropy, Functional
+from keel.tasks.environment import InteractiveTask
 from keel.tasks.task import Example, RewardFunction, Task
 from keel.train.encode import Encoder
 from keel.train.settings import EvaluateSettings
@@ -38,6 +41,8 @@ def measure_policy(
     generator: str = "auto",
     max_tokens: int = 16384,
     progress: Callable[[int, int], None] | None = None,
+    hidden: Mapping[str, RewardFunction] | None = None,
+    limits: Limits | None = None,
 ) -> Evaluation:
     """avg@k, pass@k, maj@k, entropy, KL to the reference and lengths on the first held-out prompts.
 
@@ -55,6 +60,8 @@ def measure_policy(
         generator=generator,
         max_tokens=max_tokens,
         progress=progress,
+        hidden=hidden,
+        limits=limits,
     )
     return assessed(samples, settings, seed)
 
@@ -128,6 +135,8 @@ def draw(
     generator: str = "auto",
     max_tokens: int = 16384,
     progress: Callable[[int, int], None] | None = None,
+    hidden: Mapping[str, RewardFunction] | None = None,
+    limits: Limits | None = None,
 ) -> Samples:
     """Scored completions of the first held-out prompts, with their entropy, and their KL to a reference.
 
@@ -143,6 +152,8 @@ def draw(
         generator: local, transformers or auto.
         max_tokens: tokens of a micro-batch of the statistics.
         progress: called with (prompts done, all prompts).
+        hidden: functions that are measured and are no part of the reward.
+        limits: of episodes, on a task of several turns; None takes the task's.
     """
     examples: Sequence[Example] = [task.held_out[i] for i in range(min(settings.num_prompts, len(task.held_out)))]
     sampling = Sampling(settings.temperature, None, settings.top_p, None, max_completion_length)
@@ -150,15 +161,22 @@ def draw(
     models: dict[str, PolicyModel] = {"policy": policy} | ({} if reference is None else {"ref": reference})
     engine = Engine(models, max_tokens=max_tokens)
 
+    functions = {**rewards, **(hidden or {})}
+    verdict = getattr(task, "verdict", None)
+
     def statistics(rows: Rows) -> dict[str, Tensor]:
         needs: list[Functional] = [Entropy()] if reference is None else [Entropy(), Divergence("kl_policy_ref")]
         stats = engine.measure(needs, rows.to(policy.device))
         return {"entropy": stats[Entropy()]} | ({} if reference is None else {"kl": stats[Divergence("kl_policy_ref")]})
 
+    drawing, episodes = choose_generator(policy, generator), None
+    if isinstance(task, InteractiveTask):
+        known = (sampling, limits or Limits.of(task, policy.context_length), encoder)
+        episodes = partial(_episodes, drawing, task, n, known, seed)
     return collect(
-        choose_generator(policy, generator),
+        drawing,
         examples,
-        lambda prompts, completions, ids, columns, group: score(rewards, prompts, completions, ids, columns, group),
+        lambda prompts, completions, ids, columns, group: score(functions, prompts, completions, ids, columns, group),
         num_generations=n,
         sampling=sampling,
         seed=seed,
@@ -166,6 +184,13 @@ def draw(
         decode=encoder.decode,
         answer=task.answer,
         statistics=statistics,
+        verdict=verdict if verdict in functions else None,
+        hidden=tuple(hidden or ()),
+        episodes=episodes,
         max_rows=MAX_ROWS,
         progress=progress,
     )
+
+
+def _episodes(drawing: Generator, task: Any, count: int, known: tuple, seed: int, some: list[Example]) -> Played:
+    return play(drawing, task, some, count, *known, seed=seed, data_index=[example.index for example in some])

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any, overload
 
 from keel.core.config import build
-from keel.core.errors import ConfigError, nearest
+from keel.core.errors import ConfigError, RewardError, nearest
 from keel.core.rows import Stop
 from keel.evaluate.cost import Curve
+from keel.models.language import LanguageModel
 from keel.rollouts.choose import choose_generator
+from keel.rollouts.episodes import ENDED, REWARD, Limits, play
 from keel.rollouts.sampling import Sampling
 from keel.sampling.catalogue import accepts, settings_of
+from keel.tasks.environment import InteractiveTask
 from keel.tasks.task import Task, Text
 from keel.train.configuration import TINY
 from keel.train.draws import Account
@@ -34,7 +37,8 @@ class Sample:
         prompt, text: as they are read.
         tokens: the completion's tokens, end token included.
         log_prob: of the completion under the distribution that was sampled, in nats.
-        stop: why it ended: eos, stop_string or length.
+        stop: why it ended: eos, stop_string or length; of an episode also turns or environment.
+        reward: what the environment gave, where there is one; the text is then the whole transcript.
     """
 
     prompt: Text
@@ -42,11 +46,12 @@ class Sample:
     tokens: tuple[int, ...]
     log_prob: float
     stop: str
+    reward: float | None = None
 
 
 @overload
 def sample(
-    model: Any, prompts: Sequence[Text] | Text, num_generations: int = 1, *, method: None = None, **settings: Any
+    model: Any, prompts: Sequence[Text] | Text | int, num_generations: int = 1, *, method: None = None, **settings: Any
 ) -> list[Sample]: ...
 
 
@@ -78,8 +83,8 @@ def sample(
 
     Args:
         model: as in `keel.evaluate`.
-        prompts: texts, or lists of messages; with `method`, a number takes so many held-out ones. A text that the task
-            knows brings its columns along for the reward functions.
+        prompts: texts, or lists of messages; with `method`, or on a task of several turns, a number takes so many
+            held-out ones. A text that the task knows brings its columns along for the reward functions.
         num_generations: completions of each prompt, without `method`.
         tokenizer: of a model in memory.
         seed: of the completions.
@@ -117,15 +122,21 @@ def sample(
         ) as (bench, examples):
             some = examples[:prompts] if isinstance(prompts, int) else examples
             return bench.run(method, own, some, seed)
-    if isinstance(prompts, int):
-        raise ConfigError("must be texts or messages without a method", "prompts")
-    many: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     found = task if task is not None and not isinstance(task, str) else open_task(TaskSettings(name=task), None, seed)
+    interactive = isinstance(found, InteractiveTask)
+    if isinstance(prompts, int) and not interactive:
+        what = "a number takes held-out prompts, which needs a method or a task of several turns"
+        raise ConfigError(what, "prompts", "Give a prompt, or --method for held-out ones.")
     if task is not None or model == TINY:
         settings = {"max_completion_length": found.max_completion_length, **settings}
     sampling = build(Sampling, settings, "sampling")
+    if interactive:
+        _check_examples(found, prompts)
     policy = open_model(model, found, tokenizer, device, report)
     encoder = Encoder(policy)
+    if isinstance(prompts, int):
+        return _transcripts(policy, found, prompts, num_generations, sampling, encoder, seed)
+    many: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
     rows = choose_generator(policy, "auto").generate(
         [encoder.prompt(prompt) for prompt in many], num_generations, sampling, seed=seed
     )
@@ -135,6 +146,36 @@ def sample(
         log_prob = float(rows.logp["behaviour"][i][rows.mask[i]].sum())
         stop = Stop(int(rows.stop[i])).name.lower()
         out.append(Sample(many[int(rows.group[i])], encoder.decode(tokens), tuple(tokens), log_prob, stop))
+    return out
+
+
+def _check_examples(task: Task, prompts: Any) -> None:
+    """Episodes need an example, for no environment can be opened for a prompt that was typed."""
+    if not isinstance(prompts, int):
+        raise ConfigError(
+            f"the environments of '{task.name}' belong to its examples, and a prompt has none",
+            "prompts",
+            "Give the number of held-out examples to play (--num-prompts).",
+        )
+
+
+def _transcripts(
+    policy: LanguageModel, task: Any, count: int, number: int, sampling: Sampling, encoder: Encoder, seed: int
+) -> list[Sample]:
+    """Episodes of held-out examples."""
+    examples = [task.held_out[i] for i in range(min(count, len(task.held_out)))]
+    limits = Limits.of(task, policy.context_length, max_completion_length=sampling.max_completion_length)
+    index = [example.index for example in examples]
+    drawn_by = choose_generator(policy, "auto")
+    played = play(drawn_by, task, examples, number, sampling, limits, encoder, seed=seed, data_index=index)
+    rows, out = played.rows.to("cpu"), []
+    for i, earned in enumerate(played.columns[REWARD]):
+        if isinstance(earned, str):
+            raise RewardError(f"the environment failed: {earned}", task.name)
+        text = encoder.decode(rows.tokens[i][rows.present[i]].tolist())
+        tokens, log_prob = tuple(rows.tokens[i][rows.mask[i]].tolist()), float(rows.logp["behaviour"][i].sum())
+        ended = played.columns[ENDED][i]
+        out.append(Sample(examples[int(rows.group[i])].prompt, text, tokens, log_prob, ended, earned))
     return out
 
 

@@ -23,6 +23,7 @@ from keel.rollouts.sampling import Sampling
 from keel.sampling.catalogue import entry_named, sampler
 from keel.sampling.joint import JointChain
 from keel.sampling.values import MonteCarlo, log_odds
+from keel.tasks.environment import InteractiveTask
 from keel.tasks.task import Example, Task
 from keel.train.draws import Account, TextReward, accounts, draw_particles
 from keel.train.encode import Encoder
@@ -289,6 +290,9 @@ def opened(
         raise ConfigError("give either a task or data, not both", "data")
     given_task = task is not None and not isinstance(task, str)
     found: Any = task if given_task else open_task(TaskSettings(name=task), data, seed)
+    if isinstance(found, InteractiveTask):
+        what = f"samplers copy and weigh unfinished texts, and the environments of '{found.name}' cannot be copied"
+        raise ConfigError(what, "task", "Sample or evaluate it without a method.")
     named, given = named_rewards(reward)
     functions = reward_functions(TaskSettings(name=found.name, rewards=named), found, given)
     if not functions:
