@@ -33,6 +33,16 @@ HEALTHY = {
     "rewards/countdown/errors": curve(0),
     "loss": curve(0.1, -0.1),
     "grad_norm": curve(1.0, 0.7),
+    "entropy/first": curve(0.8, 0.6),
+    "entropy/middle": curve(0.6, 0.5),
+    "entropy/last": curve(0.4, 0.4),
+    "ratio/max": curve(1.5, 2.5),
+    "ratio/far": curve(0.0, 0.001),
+    "rollout/ratio": curve(1.001, 0.999),
+    "rollout/ratio_completion": curve(1.01, 0.99),
+    "strength/kl": curve(0.0, 0.5),
+    "hidden/gold/errors": curve(0),
+    "rewards/gold/mean": curve(0.3, 0.4, 0.5),
 }
 
 
@@ -129,6 +139,92 @@ def test_one_finding_each(changes, level, words, setting):
     for word in words:
         assert word in found.sentence
     assert found.sentence.endswith(".") and "\n" not in found.sentence
+
+
+FELL = {"entropy": curve(0.6, 0.1)}
+
+
+def test_it_is_told_where_the_entropy_fell():
+    thirds = {"entropy/first": curve(0.8, 0.72), "entropy/middle": curve(0.6, 0.3), "entropy/last": curve(0.4, 0.004)}
+    (found,) = only(FELL | thirds)
+    words = "hardly differ any more, most of all in the last third of the completions (from 0.4 to 0.004; the first "
+    assert words + "third kept 90%): raise `beta`" in found.sentence
+
+
+def test_entropy_that_fell_everywhere():
+    thirds = {f"entropy/{name}": curve(0.6, 0.1) for name in ("first", "middle", "last")}
+    (found,) = only(FELL | thirds)
+    assert "hardly differ any more, in all parts of the completions alike: raise" in found.sentence
+
+
+def test_of_several_turns_the_turn_is_told():
+    turns = {"entropy/turn_1": curve(0.6, 0.5), "entropy/turn_2": curve(0.6, 0.01)}
+    (found,) = only(FELL | turns)
+    assert "most of all in turn 2 of the completions (from 0.6 to 0.01; turn 1 kept 83%)" in found.sentence
+
+
+def test_ratios_that_explode():
+    (found,) = only({"ratio/far": curve(0.0, 0.05), "ratio/max": curve(2.0, 40.0)})
+    assert (found.level, found.setting, found.kind) == ("warning", "train.learning_rate", "ratios")
+    assert "5.0% of the tokens" in found.sentence and "largest ratio 40: lower `train.learning_rate` (now 7e-05)." in (
+        found.sentence
+    )
+    config = CONFIG | {"train": {"learning_rate": 7e-5, "num_iterations": 4, "num_minibatches": 1}}
+    found = diagnose(HEALTHY | {"ratio/far": curve(0.3)}, config)[0]
+    assert found.level is Level.PROBLEM
+    assert "lower `train.learning_rate` (now 7e-05) or `train.num_iterations` (now 4)." in found.sentence
+    (found,) = only({"ratio/max": curve(2.0, 1e5)})  # a few tokens only, but far
+    assert found.level is Level.WARNING and "largest ratio 1e+05" in found.sentence
+
+
+@pytest.mark.parametrize(("name", "value", "off"), [("top_p", 0.9, "null"), ("top_k", 4, "null"), ("min_p", 0.1, "0")])
+def test_filters_that_shrink_the_ratios(name, value, off):
+    config = CONFIG | {"method": {"rollout": {"temperature": 1.0, name: value}}}
+    low = {"rollout/ratio": curve(0.95), "rollout/ratio_completion": curve(0.7)}
+    found = diagnose(HEALTHY | low, config)[0]
+    assert (found.level, found.setting, found.kind) == ("warning", f"rollout.{name}", "filtered_ratios")
+    assert "0.950 a token on average, of a whole completion 0.7," in found.sentence
+    assert f"`rollout.{name}` (now {value})" in found.sentence and f"to {off} for training." in found.sentence
+    assert [f.level for f in diagnose(HEALTHY, config)] == [Level.GOOD]  # a filter that leaves out next to nothing
+
+
+def test_low_ratios_without_a_filter_are_no_matter_of_filters():
+    config = CONFIG | {"method": {"rollout": {"top_p": 1.0, "top_k": None, "min_p": 0.0}}}
+    assert [f.level for f in diagnose(HEALTHY | {"rollout/ratio": curve(0.9)}, config)] == [Level.GOOD]
+
+
+def test_a_penalty_that_hardly_acts():
+    (found,) = only({"strength/kl": curve(0.0, 0.004)})
+    assert (found.level, found.setting) == ("warning", "terms.kl.coef")
+    assert "never was more than 0.004 of the noise" in found.sentence
+    assert "raise `terms.kl.coef` (now 0.1) some 25-fold" in found.sentence
+    (found,) = only({"strength/kl": curve(0.0, 0.05)})
+    assert found.level is Level.NOTE
+    assert only({"strength/kl": curve(0.2, 0.004)}) == []  # it did act once
+
+
+def test_a_proxy_that_rises_while_the_hidden_reward_falls():
+    changes = {"reward": curve(0.4, 0.5, 0.6, 0.7), "rewards/gold/mean": curve(0.3, 0.4, 0.35, 0.1)}
+    (found,) = only(changes)
+    assert (found.level, found.setting, found.kind) == ("problem", "beta", "hidden_rewards")
+    assert "From step 35 on the reward rose by 0.2 while gold" in found.sentence
+    assert "fell from 0.4 to 0.1" in found.sentence and "Raise `beta` (now 0)" in found.sentence
+    (found,) = only(changes | {"rewards/gold/mean": curve(0.3, 0.4, 0.4, 0.32)})
+    assert found.level is Level.WARNING  # still above where it began
+
+
+def test_a_hidden_reward_that_falls_with_the_reward_is_no_exploit():
+    changes = {"reward": curve(0.5, 0.6, 0.4), "rewards/gold/mean": curve(0.3, 0.4, 0.1)}
+    assert "hidden_rewards" not in [f.kind for f in only(changes)]
+
+
+def test_a_hidden_reward_that_only_wavers():
+    noisy = [(step, 0.4 + 0.05 * (-1) ** (step // 3) * (step % 4)) for step in range(1, 101)]
+    assert only({"rewards/gold/mean": noisy}) == []
+
+
+def test_a_reward_that_is_trained_on_is_not_hidden():
+    assert only({"hidden/gold/errors": [], "rewards/gold/mean": curve(0.4, 0.1)}) == []
 
 
 def test_clip_shares_are_added_where_the_region_is_missing():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +57,7 @@ class Samples:
         index: data index of each prompt.
         completions: a few to look at.
         texts: what was completed, without surrounding white space.
+        rewards: what each reward function said, by name, where there are several.
 
     Raises:
         ValueError: the shapes differ, or there are no samples.
@@ -72,6 +73,7 @@ class Samples:
     index: tuple[int, ...] = ()
     completions: tuple[Completion, ...] = ()
     texts: Sequence[Sequence[str]] | None = None
+    rewards: Mapping[str, Float[np.ndarray, "N n"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = self.reward.shape
@@ -96,7 +98,8 @@ class Evaluation:
     Args:
         metrics: estimates with 95% intervals over prompts. `pass@k`, `avg@k` and `maj@k` (of the largest k), `reward`,
             `completions/mean_length`, `completions/clipped_ratio`, and where they were measured `entropy`, `kl` (nats
-            per token) and `distinct_answers` (among the samples of a prompt).
+            per token), `distinct_answers` (among the samples of a prompt), and `rewards/NAME/mean` where there are
+            several reward functions.
         values: the same for each prompt, NaN where a prompt has none.
         samples: of each prompt.
         errors: samples that could not be scored.
@@ -205,6 +208,8 @@ def assess(samples: Samples, ks: Sequence[int] = KS, seed: int = 0, threshold: f
     if samples.answers is not None:
         values |= _answers(samples.answers, correct, scored, usable[-1])
     values["reward"] = _row_mean(samples.reward, scored)
+    for name, column in samples.rewards.items():
+        values[f"rewards/{name}/mean"] = _row_mean(column, ~np.isnan(column))
     everything = np.ones_like(scored)
     for name, measured in (("entropy", samples.entropy), ("kl", samples.kl)):
         if measured is not None:

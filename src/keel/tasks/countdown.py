@@ -176,7 +176,7 @@ def correct(
     return [float(is_correct(completion_text(c), n, t)) for c, n, t in zip(completions, numbers, target, strict=True)]
 
 
-def _templates() -> Iterator[str]:
+def templates() -> Iterator[str]:
     """Every expression of three numbers without needless parentheses, {0} standing for the first number.
 
     Needless are those whose removal is a matter of signs, too: not a-(b-c) but a-b+c.
@@ -195,7 +195,7 @@ class _Table:
     """All values of all templates: `values[m, s]` is that of template s for numbers m, or 0 if no possible target."""
 
     def __init__(self) -> None:
-        self.templates = tuple(_templates())
+        self.templates = tuple(templates())
         triples = list(combinations_with_replacement(range(1, LARGEST_NUMBER + 1), 3))
         self.row = {triple: m for m, triple in enumerate(triples)}
         self.triples = np.array(triples, dtype=np.int64)
@@ -290,17 +290,24 @@ class Countdown:
         held_out: number of held-out examples.
         hard: also take the instances (four in ten) that cannot be solved without parentheses or a division. The
             built-in model learns those far more slowly.
+        needs: if given, only instances that cannot be solved without one of these symbols, of + - * / and (.
 
     Raises:
-        ConfigError: `held_out` below 1 or above the number of instances set aside.
+        ConfigError: `held_out` below 1 or above the number of instances set aside, or `needs` that no instance has.
     """
 
     name = "countdown"
     characters: str | None = _DIGITS + " >=+-*/()"
 
-    def __init__(self, held_out: int = 512, hard: bool = False):
+    def __init__(self, held_out: int = 512, hard: bool = False, needs: str = ""):
         table = _table()
-        triple, column = np.nonzero(table.reached(slice(None) if hard else table.plain))
+        found = table.reached(slice(None) if hard else table.plain)
+        if needs:
+            found &= ~table.reached(np.array([not set(needs) & set(template) for template in table.templates]))
+        if not found.any():
+            what = f"no instance needs one of {needs!r}{'' if hard else ' where hard ones are left out'}."
+            raise ConfigError(what, where="task countdown, needs", fix='Give symbols of "+-*/(", or hard=True.')
+        triple, column = np.nonzero(found)
         instances = np.concatenate([table.triples[triple], column[:, None] + 1], axis=1)
         aside = _scramble(_code(instances)) < np.uint64(int(HELD_OUT_SHARE * 2**64))
         kept = instances[aside]

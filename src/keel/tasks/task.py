@@ -52,6 +52,11 @@ class Task(Protocol):
     `train` and `held_out` are map style (`len`, `[i]`), deterministic, and never overlap. `rewards` are the task's own
     verifiers by name. `preset` holds settings that suit the task, by dotted path. `max_completion_length` is in tokens,
     the end of sequence included. `characters` is an alphabet that suffices for prompts and solutions, or None.
+
+    A task may further have `hidden`, functions like `rewards` that are measured and recorded under their names but
+    never enter a loss; `verdict`, the name of the function of either kind that tells correct from wrong in
+    evaluations (by default the sum of the rewards does); and `base_task()`, the task on whose solutions the built-in
+    model was trained (by default itself).
     """
 
     name: str
@@ -69,6 +74,19 @@ class Task(Protocol):
     def answer(self, completion: Text, example: Example) -> str | None:
         """Canonical form of the completion's answer, by which answers are counted; None if there is none."""
         ...
+
+
+def hidden_rewards(task: Task) -> dict[str, RewardFunction]:
+    """The functions of a task that are measured only, by name.
+
+    Raises:
+        DataError: one has the name of a reward.
+    """
+    hidden = dict(getattr(task, "hidden", None) or {})
+    for name in hidden:
+        if name in task.rewards:
+            raise DataError(f"the function {name!r} is a reward and hidden, too.", task.name, "Give it another name.")
+    return hidden
 
 
 def check_disjoint(

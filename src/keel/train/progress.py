@@ -15,8 +15,8 @@ def default_reporter() -> Reporter:
 
 
 def plain_reporter(event: str, facts: Mapping[str, Any]) -> None:
-    """Warnings and notes, one line each."""
-    if event in ("warning", "note"):
+    """Warnings, notes and findings, one line each."""
+    if event in ("warning", "note", "finding"):
         print(f"{event}: {facts['text']}", file=sys.stderr, flush=True)
 
 
@@ -81,6 +81,11 @@ class ProgressReporter:
     def on_warning(self, facts: Mapping[str, Any]) -> None:
         """Something to know about."""
         self.console.print(f"warning: {facts['text']}", markup=False, highlight=False, style="yellow")
+
+    def on_finding(self, facts: Mapping[str, Any]) -> None:
+        """What the numbers say has begun."""
+        style = "red" if facts["finding"].level == "problem" else "yellow"
+        self.console.print(facts["text"], markup=False, highlight=False, style=style)
 
     def on_note(self, facts: Mapping[str, Any]) -> None:
         """Something said once."""
