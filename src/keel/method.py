@@ -14,19 +14,22 @@ import torch
 from torch import Tensor
 
 from keel.core.aggregate import Aggregation
-from keel.core.config import get_path, set_path
+from keel.core.config import get_path, is_part, set_path
 from keel.core.errors import MethodError, nearest
 from keel.core.registry import part
-from keel.core.rows import Rows
+from keel.core.rows import REPLAYED, Rows, Stream
+from keel.parts.replay.rehearsal import Rehearsal
+from keel.parts.replay.stored import Replay
+from keel.parts.replay.streams import Selection, prepared_apart, split
 from keel.parts.rewards.transforms import WeightedSum
 from keel.parts.terms.penalties import Summand
-from keel.parts.terms.surrogate import Surrogate
+from keel.parts.terms.surrogate import LIMIT, LogLikelihood, Surrogate
 from keel.rollouts.rollout import Rollout
-from keel.statistics.functionals import Functional
+from keel.statistics.functionals import Functional, LogProb
 from keel.statistics.stats import Stats
 
 States = dict[str, Any]
-CHAINS = ("rewards", "transforms", "advantage", "heads", "masks", "weights", "terms", "models", "controllers")
+CHAINS = ("rewards", "transforms", "advantage", "heads", "masks", "weights", "terms", "models", "controllers", "replay")
 ALWAYS = ("policy", "old")
 DATA_MASKS = ("nll", "distil")  # spans that rows from a file may bring along
 part("aggregation")(Aggregation)
@@ -43,18 +46,19 @@ class Claim:
 
     Args:
         objective: in one line, as the paper has it.
-        level: "sequence" or "state": over what the divergence is taken; per state, the visited states are held fixed.
+        level: "sequence", "state" or "reference": over what the divergence is taken; per state, the visited states are
+            held fixed, those that the sampler or those that the reference visits.
         divergence: a name that `f_divergence` reads, or None.
-        beta: name of the recipe's argument that holds the coefficient.
+        beta: name of the recipe's argument that holds the coefficient, or the coefficient itself.
         form: which of the three.
         target: name of the target distribution, where the form is one.
         invariant: changes that leave every update as it is: reward_shift, reward_scale.
     """
 
     objective: str
-    level: Literal["sequence", "state"] = "sequence"
+    level: Literal["sequence", "state", "reference"] = "sequence"
     divergence: str | None = None
-    beta: str | None = None
+    beta: str | float | None = None
     form: Literal["reward", "target", "data"] = "reward"
     target: str | None = None
     invariant: tuple[str, ...] = ()
@@ -74,6 +78,7 @@ class Method:
         aggregation: how a loss per token becomes a number.
         models: further models by name; "policy" and "old" always exist.
         controllers: parts that own values of the method.
+        replay: groups of earlier batches, and rows of an earlier policy or of general data, beside each batch.
         claim: the objective that the recipe means.
 
     Raises:
@@ -93,6 +98,7 @@ class Method:
     terms: Mapping[str, Any] = field(default_factory=dict)
     models: Mapping[str, Any] = field(default_factory=dict)
     controllers: Mapping[str, Any] = field(default_factory=dict)
+    replay: Mapping[str, Any] = field(default_factory=dict)
     claim: Claim | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +111,7 @@ class Method:
         self._check_masks_and_heads()
         self._check_phases()
         self._check_controllers()
+        self._check_replay()
 
     # -- variants ------------------------------------------------------------------------------------------------
 
@@ -137,20 +144,29 @@ class Method:
         return replace(self, **changes)
 
     def set(self, path: str, value: Any) -> "Method":
-        """A copy with one value changed: `slot.field` or `slot.name.field`.
+        """A copy with one value changed: `slot.field` or `slot.name.field`; a part at a new `slot.name` is added.
 
         Raises:
             ConfigError: the path leads nowhere, or the value does not fit.
         """
+        slot, _, name = path.partition(".")
+        if slot in CHAINS and name and "." not in name and name not in getattr(self, slot) and is_part(value):
+            return self.adding(**{slot: {name: value}})
         return set_path(self, path, value)
 
     # -- what it needs -------------------------------------------------------------------------------------------
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         """All parts with their paths."""
-        for slot in ("transforms", "advantage", "masks", "weights", "terms", "controllers"):
+        for slot in ("transforms", "advantage", "masks", "weights", "terms", "controllers", "replay"):
             for name, item in getattr(self, slot).items():
                 yield f"{slot}.{name}", item
+
+    def owned(self) -> Iterator[tuple[str, str]]:
+        """Name and path of every value that a controller sets: its `path`, or all that its `owns` lists."""
+        for name, item in self.controllers.items():
+            own = (item.path,) if getattr(item, "path", None) is not None else ()
+            yield from ((name, path) for path in getattr(item, "owns", own))
 
     def prepare_needs(self) -> tuple[Functional, ...]:
         """Functionals that the transforms and advantages read, and the controllers that look at a batch."""
@@ -159,7 +175,8 @@ class Method:
     def update_needs(self) -> tuple[Functional, ...]:
         """Functionals that the masks, weights, surrogate and terms read."""
         surrogate = [] if self.surrogate is None else [self.surrogate]
-        return _union([*self.masks.values(), *self.weights.values(), *surrogate, *self._active_terms().values()])
+        loss = [*self.masks.values(), *self.weights.values(), *surrogate, *self._active_terms().values()]
+        return _union([*loss, *self.replay.values()])
 
     def live_needs(self) -> tuple[Functional, ...]:
         """Those of the update that name the live policy."""
@@ -180,13 +197,34 @@ class Method:
     def additive(self) -> bool:
         """Whether the losses of slices add up to that of the batch, given its denominators."""
         surrogate = [] if self.surrogate is None else [self.surrogate]
-        used = [*self.masks.values(), *self.weights.values(), *surrogate, *self._active_terms().values()]
+        terms = [term for term in self._active_terms().values() if getattr(term, "stream", "main") == "main"]
+        used = [*self.masks.values(), *self.weights.values(), *surrogate, *terms]
         return all(getattr(item, "additive", False) for item in used)
+
+    def splits(self, rows: Rows) -> bool:
+        """Whether slices of these rows add up: `additive`, and all rows share their denominators."""
+        return self.additive and bool(rows.fresh.all())
+
+    @property
+    def replayed(self) -> Replay | None:
+        """The part that brings rows of earlier batches back, if there is one."""
+        return next((item for item in self.replay.values() if isinstance(item, Replay) and item.share > 0), None)
+
+    @property
+    def regularisers(self) -> dict[str, float]:
+        """The coefficients of the terms that read the rows of a regulariser; those of 0 are left out."""
+        found = {n: t.coef for n, t in self.terms.items() if getattr(t, "stream", "main") == "regulariser"}
+        return {name: coef for name, coef in found.items() if coef}
 
     # -- the two phases ------------------------------------------------------------------------------------------
 
     def prepare(self, rows: Rows, stats: Stats, states: States) -> Rows:
-        """Transforms, then advantages, on frozen statistics."""
+        """Transforms, then advantages, on frozen statistics; rows of earlier batches apart from the fresh ones."""
+        if bool(rows.fresh.all()):
+            return self._prepared(rows, stats, states)
+        return prepared_apart(rows, stats, lambda some, known: self._prepared(some, known, states))
+
+    def _prepared(self, rows: Rows, stats: Stats, states: States) -> Rows:
         transforms = dict(self.transforms)
         if not any(isinstance(item, WeightedSum) for item in transforms.values()):
             transforms["weighted_sum"] = WeightedSum()
@@ -195,23 +233,98 @@ class Method:
                 rows = _call(item, f"{slot}.{name}", rows, stats, states)
         return rows
 
-    def contributions(self, rows: Rows, stats: Stats, states: States) -> dict[str, Tensor]:
-        """What each part adds to the loss: "policy" for the surrogate, and the terms by name."""
-        rows = self._masked(rows, stats, states)
+    def contributions(
+        self, rows: Rows, stats: Stats, states: States, seen: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """What each part adds to the loss: "policy" for the surrogate, and the terms by name.
+
+        The surrogate reads fresh and replayed rows, terms the fresh ones, terms of a regulariser the rows of its own.
+
+        Args:
+            seen: a dictionary that takes down what the parts said of each token, [B, T]: mask/NAME, weight/NAME, and
+                term/NAME, of which the aggregation makes the contribution (-w A f(rho) for the policy, coef * P for a
+                summand, 0 outside the mask to which it is confined).
+        """
+        learned, fresh, regular = split(rows, stats)
         out: dict[str, Tensor] = {}
+        noted: dict[str, Tensor] = {}
+        rows, stats = self._masked(learned.rows, learned.stats, states), learned.stats
         if self.surrogate is not None:
-            gain = self.surrogate(rows, stats)
-            for name, item in self.weights.items():
-                gain = gain * _call(item, f"weights.{name}", rows, stats, states).detach()
-            out["policy"] = -self.aggregation(gain, rows)
+            out["policy"] = self._policy(rows, stats, states, noted)
+        learned.note(noted, seen)
+        if fresh is not learned:
+            rows, stats = self._masked(fresh.rows, fresh.stats, states), fresh.stats
+        noted = {f"mask/{name}": rows.masks[name] for name in self.masks}
         for name, item in self._active_terms().items():
-            if isinstance(item, Summand):
+            if getattr(item, "stream", "main") == "regulariser":
+                out[name] = self._rehearsed(name, item, regular, states)
+            elif isinstance(item, Summand):
                 penalty = _call(item.penalty, f"terms.{name}", rows, stats, states)
                 where = None if item.where is None else rows.masks[item.where]
                 out[name] = item.coef * self.aggregation(penalty, rows, where, item.per or "batch")
+                if seen is not None:
+                    noted[f"term/{name}"] = item.coef * (penalty if where is None else penalty.where(where, 0.0))
             else:
                 out[name] = _call(item, f"terms.{name}", rows, stats, states)
+        fresh.note(noted, seen)
         return out
+
+    def _policy(self, rows: Rows, stats: Stats, states: States, noted: dict[str, Tensor]) -> Tensor:
+        """-Agg[w A f(rho)]; where rows are replayed, w and rho say who drew them."""
+        assert self.surrogate is not None
+        again = self.replayed if REPLAYED in rows.columns else None
+        read, known = (rows, stats) if again is None else again.seen(rows, stats)
+        gain = self.surrogate(read, known)
+        for name, item in self.weights.items():
+            noted[f"weight/{name}"] = weight = _call(item, f"weights.{name}", read, known, states).detach()
+            gain = gain * weight
+        if again is not None:
+            noted["weight/replay"] = weight = again.weights(rows, stats)
+            gain = gain * weight
+        noted["term/policy"] = -gain
+        return -self.aggregation(gain, rows)
+
+    def _rehearsed(self, name: str, item: Any, regular: Selection, states: States) -> Tensor:
+        """A term on the rows of a regulariser, which are then the main ones; 0 without any."""
+        rows, stats = regular.rows, regular.stats
+        if not len(rows):
+            return next(iter(stats.values())).new_zeros(())
+        if not isinstance(item, Summand):
+            return _call(item, f"terms.{name}", rows, stats, states)
+        rows = rows.with_(stream=torch.full_like(rows.stream, int(Stream.MAIN)), totals=None)
+        penalty = _call(item.penalty, f"terms.{name}", rows, stats, states)
+        where = None if item.where is None else rows.masks[item.where]
+        return item.coef * self.aggregation(penalty, rows, where, item.per or "batch")
+
+    def by_token(self, rows: Rows, stats: Stats, states: States) -> dict[str, Tensor]:
+        """What one update does to each token, [B, T], without gradient; `contributions` names masks, weights and terms.
+
+        Besides: `ratio`, rho at the surrogate's level; `gradient/NAME`, d contribution / d log pi(y_t), all other
+        statistics held fixed, and `gradient`, their sum; `gradient/by/FUNCTIONAL`, that of the whole loss by another
+        number per token, where it is not 0. With these a term that knows no tokens can be seen, too.
+
+        Args:
+            rows, stats, states: those of the update, `old` included.
+        """
+        shape = rows.tokens.shape
+        live = [f for f in stats if "policy" in f.of and "policy" not in f.stop and stats[f].shape == shape]
+        leaves = {f: stats[f].detach().requires_grad_() for f in live if stats[f].is_floating_point()}
+        seen: dict[str, Tensor] = {}
+        with torch.enable_grad():
+            parts = self.contributions(rows, stats.merged(leaves), states, seen)
+        if self.surrogate is not None:
+            seen["ratio"] = self.surrogate.log_ratio(rows, stats).clamp(-LIMIT, LIMIT).exp()
+        for name, value in parts.items():
+            if not value.requires_grad:
+                continue
+            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
+            for f, grad in zip(leaves, found, strict=True):
+                own = isinstance(f, LogProb)
+                if grad is None or not (own or bool(grad.any())):
+                    continue
+                for key in (f"gradient/{name}", "gradient") if own else (f"gradient/by/{f.name}",):
+                    seen[key] = seen[key] + grad if key in seen else grad
+        return {name: value.detach().expand(shape) for name, value in seen.items()}
 
     def loss(self, rows: Rows, stats: Stats, states: States) -> Tensor:
         """The scalar to minimise."""
@@ -298,10 +411,7 @@ class Method:
 
     def _check_controllers(self) -> None:
         owned: dict[str, str] = {}
-        for name, item in self.controllers.items():
-            path = getattr(item, "path", None)
-            if path is None:
-                continue
+        for name, path in self.owned():
             if path in owned:
                 both = f"'{owned[path]}' and '{name}'"
                 raise MethodError(f"'{path}' is owned by the controllers {both}", f"controllers.{name}")
@@ -311,6 +421,39 @@ class Method:
             except (KeyError, AttributeError):
                 what = f"it owns '{path}', which the method does not have"
                 raise MethodError(what, f"controllers.{name}.path") from None
+
+    def _check_replay(self) -> None:
+        for kind in (Replay, Rehearsal):
+            if len(found := [name for name, item in self.replay.items() if isinstance(item, kind)]) > 1:
+                raise MethodError(f"'{found[0]}' and '{found[1]}' are of one kind, and there is room for one", "replay")
+        if self.replay and self.kind != "online":
+            raise MethodError("is for online methods: other rows come from a file anyway", "replay", "Remove it.")
+        if self.replayed is not None and self.surrogate is None:
+            raise MethodError("replayed rows enter the policy term, and this method has none", "replay")
+        if self.replayed is not None and self.replayed.weighting == "token" and self._likelihood():
+            what = "weighting 'token' is the ratio of the surrogate, and this one has none"
+            raise MethodError(what, "replay", "Take truncated or sequence, or another surrogate.")
+        self._check_rehearsal()
+
+    def _check_rehearsal(self) -> None:
+        readers = {n: t for n, t in self.terms.items() if getattr(t, "stream", "main") == "regulariser"}
+        for name, term in readers.items():
+            if (where := getattr(term, "where", None)) is not None and where not in DATA_MASKS:
+                what = f"mask '{where}' is one of the batch, and this term reads the rows of a regulariser"
+                raise MethodError(what, f"terms.{name}.where", f"Known there: {', '.join(DATA_MASKS)}.")
+        for name, item in self.replay.items():
+            if not isinstance(item, Rehearsal):
+                continue
+            if not readers:
+                fix = "Add one, such as Summand(NegativeLogLikelihood(), 0.1, stream='regulariser')."
+                raise MethodError("no term reads the rows that are rehearsed", f"replay.{name}", fix)
+            stored = [n for n, term in readers.items() if getattr(term, "reads_stored", False)]
+            if stored and item.source != "samples":
+                what = f"'{stored[0]}' compares with who wrote the rows, which {item.source} does not record"
+                raise MethodError(what, f"replay.{name}.source", "Take samples.")
+
+    def _likelihood(self) -> bool:
+        return self.surrogate is not None and isinstance(self.surrogate.f, LogLikelihood)
 
 
 def _call(item: Any, path: str, rows: Rows, stats: Stats, states: States) -> Any:

@@ -15,6 +15,8 @@ TIMED = ("step_time", "time/rollout", "time/reward")
 SAVING = {"train.save_steps": 1, "train.save_total_limit": 2}
 RECIPES = {
     "grpo": {"max_steps": 8},
+    "grpo_replay": {"recipe": "grpo_replay", "share": 0.5, "max_steps": 8},
+    "dph_rl": {"recipe": "dph_rl", "threshold": 3.0, "solved": 0.5, "samples": 2, "eta": 0.5, "max_steps": 8},
     "ppo": {"recipe": "ppo", "target_kl": 0.1, "train.num_minibatches": 2, "max_steps": 8},
 }
 

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+REPLAYED = "replayed"  # column: whether a row is one of an earlier batch
+
 
 class Stop(IntEnum):
     """Why a completion ended."""
@@ -29,6 +31,7 @@ class Stream(IntEnum):
     MAIN = 0  # counted in group statistics and in the loss
     BASELINE = 1  # belongs to the group (a greedy completion, say), never to the loss
     REGULARISER = 2  # rows of one regulariser only
+    CANDIDATE = 3  # beside the batch: in no statistic and no loss, until a part takes it in
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +143,12 @@ class Rows:
     def main(self) -> Bool[Tensor, "B"]:
         """Rows that count in group statistics and in the loss."""
         return self.stream == int(Stream.MAIN)
+
+    @property
+    def fresh(self) -> Bool[Tensor, "B"]:
+        """Rows that were drawn for this batch: neither those of a regulariser nor those of an earlier batch."""
+        drawn = self.stream != int(Stream.REGULARISER)
+        return drawn & ~self.columns[REPLAYED] if REPLAYED in self.columns else drawn
 
     @property
     def loss_mask(self) -> Bool[Tensor, "B T"]:

@@ -2,6 +2,7 @@
 
     reward, sequence    E_pi[r] - beta D(pi(.|x), ref(.|x))
     reward, state       E_pi[r] - beta E_old[ sum_t D(pi(.|s_t), ref(.|s_t)) ], old = pi where the method is on-policy
+    reward, reference   E_pi[r] - beta E_ref[ sum_t D(pi(.|s_t), ref(.|s_t)) ]
     target              -D(pi(.|x), P(.|x)),   P the target
     data                E_data[log pi] = -KL(data || pi) + constant
 
@@ -29,7 +30,7 @@ from keel.targets.target import Target
 from keel.verify.world import World
 
 Form = Literal["reward", "target", "data"]
-Level = Literal["sequence", "state"]
+Level = Literal["sequence", "state", "reference"]
 ROOT = "sqrt "  # before the name of a divergence
 
 
@@ -40,7 +41,8 @@ class Objective:
     Args:
         form: what stands against the divergence: a reward, nothing but a target, or data.
         divergence: name of the divergence, or None; "sqrt NAME" is the root of its mean over prompts.
-        level: over whole sequences, or per state with the visited states held fixed.
+        level: over whole sequences, or per state with the visited states held fixed, those of the sampler or of the
+            reference.
         beta: its coefficient; with a target, that of the tilt.
         target: name of the target distribution, one of `TARGETS`; with a reward, what the divergence is taken against
             in place of the reference.
@@ -62,7 +64,7 @@ class Objective:
             return f"-{self.divergence}(pi, target)"
         if not self.divergence:
             return "E[r]"
-        where = "sequences" if self.level == "sequence" else "states held"
+        where = {"sequence": "sequences", "state": "states held", "reference": "states of ref"}[self.level]
         return f"E[r] - {self.beta:g} {self.divergence}, {where}"
 
     def value(self, policy: TabularPolicy, world: World) -> Float[Tensor, ""]:
@@ -83,7 +85,7 @@ class Objective:
             mean = kind.value(sequence_log_probs(policy), self.reference(world)).mean()
             # the root has a corner at 0, where 0 is one of its slopes
             return mean.clamp(min=1e-16).sqrt() if self.divergence.startswith(ROOT) else mean
-        return held_divergence(kind, policy, world, self.target or "ref")
+        return held_divergence(kind, policy, world, self.target or "ref", "ref" if self.level == "reference" else "old")
 
     def reference(self, world: World) -> Float[Tensor, "Q S"]:
         """log-probabilities of what a reward is weighed against: the reference, or a target that it names."""
@@ -108,6 +110,8 @@ class Objective:
             return world.log_probs("ref").masked_fill(~best, -math.inf).log_softmax(-1)
         if self.divergence.startswith(ROOT):
             return _root_optimum(self, world)
+        if self.level == "reference":
+            return _ascended(self, world)
         if self.level == "sequence":
             return optimum(world.reward, self.reference(world), self.beta, f_divergence(self.divergence)).log_prob
         held = state_optimum(
@@ -122,9 +126,11 @@ class Objective:
         return found
 
 
-def held_divergence(kind: FDivergence, policy: TabularPolicy, world: World, against: str = "ref") -> Float[Tensor, ""]:
-    """sum over visited states of D(pi(.|s), ref(.|s)), the visits held at the sampler's; `against` names the model."""
-    ref, sampler = world.table(against), world.table("old")
+def held_divergence(
+    kind: FDivergence, policy: TabularPolicy, world: World, against: str = "ref", visited: str = "old"
+) -> Float[Tensor, ""]:
+    """sum over visited states of D(pi(.|s), ref(.|s)), the visits held; `against` and `visited` name the models."""
+    ref, sampler = world.table(against), world.table(visited)
     total = torch.zeros((), dtype=torch.float64)
     for prompt in range(world.space.prompts):
         rows = world.space.rows(prompt)
@@ -132,6 +138,23 @@ def held_divergence(kind: FDivergence, policy: TabularPolicy, world: World, agai
         here = kind.value(policy.hidden(rows).log_softmax(-1), ref.hidden(rows).log_softmax(-1).detach())
         total = total + (visits * here).sum()
     return total / world.space.prompts
+
+
+def _ascended(claim: Objective, world: World) -> Float[Tensor, "Q S"]:
+    """That of an objective with no closed form, climbed from the reference."""
+    policy = world.table("ref")
+    climber = torch.optim.LBFGS(
+        [policy.table], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        climber.zero_grad()
+        value = -claim.value(policy, world)
+        value.backward()
+        return value
+
+    climber.step(loss)
+    return sequence_log_probs(policy).detach()
 
 
 def _root_optimum(claim: Objective, world: World) -> Float[Tensor, "Q S"]:

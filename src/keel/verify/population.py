@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keel.core.rows import Rows, Stream, cat
+from keel.core.rows import REPLAYED, Rows, Stream, cat
 from keel.exact.space import TabularPolicy
 from keel.method import Method
 from keel.parts.advantages.stream import discounted_sum, reward_stream
+from keel.parts.replay.memory import joined
+from keel.parts.replay.rehearsal import Rehearsal
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import Functional, LogProb, Value
 from keel.statistics.stats import Stats
@@ -53,8 +55,9 @@ def expected_update(
     everything = batch_for(method, world)
     models = {name: world.table(name, dtype) for name in ("policy", "old", *method.models)}
     states = _remembered(method, world, everything, models)
-    batch, frozen = _prepared(method, world, everything if rows is None else rows, models, states)
-    main = batch.main.nonzero().flatten()
+    drawn = everything if rows is None else rows
+    batch, frozen = _prepared(method, world, with_stored(method, world, drawn), models, states)
+    main = (batch.main | (batch.stream == int(Stream.REGULARISER))).nonzero().flatten()
     batch, frozen = batch.select(main), frozen.select(main)
     live = [f for f in _live(method, frozen) if not isinstance(f, Value)]
     engine = _engine(models, method)
@@ -71,6 +74,33 @@ def batch_for(method: Method, world: World) -> Rows:
     rows = world.rows("old")
     rows = rows.with_(logp={"behaviour": _token_log_probs(world.table("old"), rows)})
     return with_greedy(method, world, rows)
+
+
+def with_stored(method: Method, world: World, rows: Rows) -> Rows:
+    """The rows with those that the method's slot `replay` brings along, enumerated.
+
+    What is replayed was drawn by another policy, `world.table("replayed")`, and has its share of the whole weight. What
+    is rehearsed are all completions of the reference, as where it solves every prompt.
+    """
+    parts = [rows]
+    if (again := method.replayed) is not None:
+        parts.append(_enumerated(world, "replayed", rows, REPLAYED, again.share / (1 - again.share)))
+    if any(isinstance(item, Rehearsal) for item in method.replay.values()):
+        parts.append(_enumerated(world, "ref", rows, "stored", 1.0))
+    return joined(parts)
+
+
+def _enumerated(world: World, who: str, beside: Rows, kind: str, weight: float) -> Rows:
+    """Every sequence at its probability under a policy, of as much weight for each unit of that of the rows."""
+    rows = world.rows(who)
+    log_prob = _token_log_probs(world.table(who), rows)
+    scale = weight * float((beside.weight * beside.main).sum() / rows.weight.sum())
+    numbers = {"weight": rows.weight * scale, "group": rows.group + int(beside.group.max()) + 1}
+    rows = rows.with_(**numbers, exact=beside.exact, logp={"behaviour": log_prob})
+    if kind == REPLAYED:
+        return rows.with_(columns={REPLAYED: torch.ones_like(rows.main)})
+    stream = torch.full_like(rows.stream, int(Stream.REGULARISER))
+    return rows.with_(stream=stream, reward=None, logp={**rows.logp, kind: log_prob})
 
 
 def _prepared(

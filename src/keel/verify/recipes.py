@@ -171,6 +171,8 @@ def default_arguments(recipe: Recipe) -> dict[str, Any]:
     parameter = recipe.arguments.get("beta")
     if parameter is not None and parameter.default is not inspect.Parameter.empty and parameter.default != 0:
         out["beta"] = BETA
+    if "eta" in recipe.arguments:  # the coefficient of stored samples
+        out["eta"] = BETA
     if "threshold" in recipe.arguments:
         out["threshold"] = THRESHOLD
     if "expected" in recipe.arguments:  # of a random choice, the expectation: one draw is no population
@@ -192,7 +194,7 @@ def objective_of(claim: Claim, recipe: Recipe, given: Mapping[str, Any]) -> Obje
     def argument(name: str) -> Any:
         return given.get(name, recipe.arguments[name].default)
 
-    beta = float(argument(claim.beta)) if claim.beta is not None else 0.0
+    beta = float(argument(claim.beta) if isinstance(claim.beta, str) else claim.beta or 0.0)
     settings = {name: argument(name) for name in recipe.arguments}
     return Objective(claim.form, claim.divergence, claim.level, beta, claim.target, settings)
 

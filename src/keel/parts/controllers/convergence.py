@@ -22,6 +22,7 @@ class ObjectiveWeights:
         i_k = std / mean over the window,    s_k = c_k i_k,    weight_k = K e^(s_k / temperature) / sum_j e^(s_j / ...)
 
     The weights sum to K; until the window is full they are 1. An objective that stands at its best has c = 1 and i = 0.
+    The loss of a term on rehearsed rows may be one more objective, l its mean without the coefficient.
 
     Args:
         window: batches that are looked back on, an even number.
@@ -30,9 +31,11 @@ class ObjectiveWeights:
         cap: largest weight, for an objective that is noisy and cannot improve; None is none. What is cut is not given
             to the others.
         transform: name of the `WeightedSum` among the transforms that the weights are for.
+        term: name of such a term, whose coefficient becomes `coef` times its weight; None is none.
+        coef: at weight 1.
 
     Raises:
-        ValueError: a window that is odd or below 2, a temperature or cap that is not positive.
+        ValueError: a window that is odd or below 2, a temperature, cap or coef that is not positive.
 
     Source: "Beyond Reasoning Gains: Mitigating General Capabilities Forgetting in Large Reasoning Models", 2025
     (RECAP); formulas and constants are reconstructed from its summary.
@@ -43,6 +46,8 @@ class ObjectiveWeights:
     combine: Literal["product", "sum"] = "product"
     cap: float | None = None
     transform: str = "sum"
+    term: str | None = None
+    coef: float = 1.0
 
     def __post_init__(self) -> None:
         if self.window < 2 or self.window % 2:
@@ -51,19 +56,28 @@ class ObjectiveWeights:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
         if self.cap is not None and not self.cap > 0:
             raise ValueError(f"cap must be positive, not {self.cap}")
+        if not self.coef > 0:
+            raise ValueError(f"coef must be positive, not {self.coef}")
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        """The weights, and the coefficient of the term."""
+        weights = f"transforms.{self.transform}.weights"
+        return (weights,) if self.term is None else (weights, f"terms.{self.term}.coef")
 
     def init(self) -> dict[str, list]:
         """The last numbers of each objective."""
         return {"history": []}
 
     def observe(self, rows: Rows, stats: Stats, metrics: dict[str, float], state: dict[str, Any]) -> dict[str, Any]:
-        """Leaves 1 - mean of each reward in the metrics, where `update` finds them; nan where none applied."""
-        metrics.update({f"{OBJECTIVE}{k}": 1 - mean for k, mean in enumerate(component_means(rows))})
+        """Leaves 1 - mean of each reward, and the term's loss, in the metrics for `update`; nan where none applied."""
+        found = [1 - mean for mean in component_means(rows)]
+        if self.term is not None:
+            found.append(metrics.get(f"rehearsal/{self.term}", math.nan))
+        metrics.update({f"{OBJECTIVE}{k}": value for k, value in enumerate(found)})
         return state
 
-    def update(
-        self, metrics: dict[str, float], state: dict[str, Any], step: int
-    ) -> tuple[dict[str, tuple[float, ...]], dict]:
+    def update(self, metrics: dict[str, float], state: dict[str, Any], step: int) -> tuple[dict[str, Any], dict]:
         """The weights after a batch; nothing before the window is full."""
         history = [list(past) for past in state["history"]]
         k = 0
@@ -75,7 +89,11 @@ class ObjectiveWeights:
         state = {"history": history}
         if not history or min(map(len, history)) < self.window:
             return {}, state
-        return {f"transforms.{self.transform}.weights": self.weights(history)}, state
+        weights, values = self.weights(history), {}
+        if self.term is not None:
+            values[f"terms.{self.term}.coef"] = self.coef * weights[-1]
+            weights = weights[:-1]
+        return {f"transforms.{self.transform}.weights": weights, **values}, state
 
     def weights(self, history: Sequence[Sequence[float]]) -> tuple[float, ...]:
         """lam_k from full windows."""

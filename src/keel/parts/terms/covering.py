@@ -88,7 +88,7 @@ class ReweightedReference:
 class RehearsalDivergence:
     """coef D(policy || stored) on rows that an earlier policy drew, which travel in the stream REGULARISER.
 
-        coef sum f(u) / number of their tokens,   u = pi(y_t) / stored(y_t),   log stored in logp["stored"]
+        coef Agg[f(u)] over these rows,   u = pi(y_t) / stored(y_t),   log stored in logp["stored"]
 
     f is in standard form, f(1) = f'(1) = 0, so that nothing is lost, and nothing moves, while the policy is the one
     that drew them. No reference runs. Summed over tokens only the KLs are those of whole sequences; and rows that were
@@ -98,6 +98,7 @@ class RehearsalDivergence:
         coef: eta; 0.01 to 0.05 in the paper, 0.05 to 0.2 for js.
         divergence: an f-divergence by name, policy first: kl_ref_policy covers what was stored. The paper's js is
             `2*js`, its alpha a is `alpha:` 1 - a, 0.8 for its 0.2.
+        aggregation: of their tokens; the mean is the paper's, a mean of sums over sequences that of the objective.
 
     Raises:
         ValueError: a negative coef, an unknown divergence, or rows of the stream without `logp["stored"]`.
@@ -108,8 +109,11 @@ class RehearsalDivergence:
 
     coef: float = 0.02
     divergence: str = "kl_ref_policy"
+    aggregation: Aggregation = Aggregation("token_mean")
     needs = (LogProb(),)
     additive = False
+    stream = "regulariser"
+    reads_stored = True
 
     def __post_init__(self) -> None:
         if self.coef < 0:
@@ -126,4 +130,4 @@ class RehearsalDivergence:
         gap = torch.where(stored[:, None] & rows.mask, gap, torch.zeros_like(gap))
         values = term(*sampled(f_divergence(self.divergence), "reference", live, live.detach() - gap))
         turned = torch.where(stored, int(Stream.MAIN), int(Stream.REGULARISER))
-        return self.coef * Aggregation("token_mean")(values, rows.with_(stream=turned, totals=None))
+        return self.coef * self.aggregation(values, rows.with_(stream=turned, totals=None))

@@ -39,12 +39,15 @@ class Summand:
         coef: c; 0 drops the summand.
         where: name of a mask of the method, or of the rows, to which the numerator is confined.
         per: "batch" divides by the tokens of the batch, "where" by those of the mask; two different losses.
+        stream: the rows of the batch, or those that a regulariser brings along (the slot `replay`), divided by their
+            own number.
     """
 
     penalty: Penalty
     coef: float
     where: str | None = None
     per: Literal["batch", "where"] | None = None
+    stream: Literal["main", "regulariser"] = "main"
 
     def __post_init__(self) -> None:
         if self.where is not None and self.per is None:
@@ -236,6 +239,41 @@ class VocabularyDivergence:
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, "B T"]:
         value = stats[Divergence(self.kind, self.against)]
         return value / f_divergence(self.kind).curvature if self.calibrated else value
+
+
+@part("root_chi2", paper=4)
+@dataclass(frozen=True)
+class RootChi2:
+    """sqrt(max(chi2_t, floor)), chi2_t = sum_v (policy_v - ref_v)^2 / ref_v, over the vocabulary at each position.
+
+    The slope of a root is infinite at 0; below the floor it is 0.
+
+    Args:
+        against: name of the reference model.
+        floor: smallest number of which a root is taken.
+
+    Raises:
+        ValueError: floor not positive, or the policy as its own reference.
+
+    Source: "Correlated Proxies: A New Definition and Improved Mitigation for Reward Hacking", 2024, over actions.
+    """
+
+    against: str = "ref"
+    floor: float = 1e-4
+    additive = True
+
+    def __post_init__(self) -> None:
+        if self.floor <= 0:
+            raise ValueError(f"floor must be positive, not {self.floor}")
+        _ = self.needs
+
+    @property
+    def needs(self) -> tuple[Functional, ...]:
+        """Chi-square at each position."""
+        return (Divergence("chi2_policy_ref", self.against),)
+
+    def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, "B T"]:
+        return stats[self.needs[0]].clamp(min=self.floor).sqrt()
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
