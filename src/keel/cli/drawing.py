@@ -68,10 +68,11 @@ def sample(
         given = [name for name, setting in only.items() if setting is not None]
         if given:
             raise ConfigError("is for samplers", f"--{given[0].replace('_', '-')}", "Give --method smc, for example.")
-        if not prompt:
+        if not prompt and task is None:
             raise ConfigError("there is no prompt", "keel sample", "Give one, or --method for held-out ones.")
         print_samples(
-            draw(model, prompt, num_generations, seed=seed or 0, task=task, report=report, **settings), as_json
+            draw(model, prompt or num_prompts, num_generations, seed=seed or 0, task=task, report=report, **settings),
+            as_json,
         )
         return
     from keel.cli.show import print_accounts

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from keel.cli import cold, explain
 from keel.cli.drawing import besides, commands, newlines, run_frontier
 from keel.cli.options import (
     BesideModel,
@@ -40,6 +41,8 @@ app = typer.Typer(
 methods_app = typer.Typer(invoke_without_command=True, help="List the recipes, or show the composition of one.")
 app.add_typer(methods_app, name="methods")
 app.add_typer(commands)
+app.add_typer(explain.commands)
+app.add_typer(cold.commands)
 
 
 @app.command()

@@ -26,6 +26,7 @@ SLOTS = (
     "terms",
     "models",
     "controllers",
+    "replay",
 )
 
 
@@ -172,17 +173,23 @@ def print_samples(samples: list[Any], as_json: bool) -> None:
     """Completions with their log-probabilities."""
     if as_json:
         print_json(
-            [{"prompt": s.prompt, "completion": s.text, "log_prob": s.log_prob, "stop": s.stop} for s in samples]
+            [
+                {"prompt": s.prompt, "completion": s.text, "log_prob": s.log_prob, "stop": s.stop}
+                | ({} if s.reward is None else {"reward": s.reward})
+                for s in samples
+            ]
         )
         return
     for s in samples:
-        print(f"{s.log_prob:9.3f}  {s.stop:<11}  {s.prompt}{s.text}")
+        earned = "" if s.reward is None else f"reward {s.reward:<7.4g}  "
+        text = f"{s.prompt}{s.text}" if s.reward is None else repr(f"{s.prompt}{s.text}")
+        print(f"{s.log_prob:9.3f}  {s.stop:<11}  {earned}{text}")
 
 
 def print_accounts(accounts: list[Any], as_json: bool) -> None:
     """What a sampler drew for each prompt, heaviest first, and what it cost."""
     if as_json:
-        print_json([_finite(asdict(account)) for account in accounts])
+        print_json([finite(asdict(account)) for account in accounts])
         return
     for account in accounts:
         prompt = account.prompt if isinstance(account.prompt, str) else account.prompt[-1].get("content")
@@ -247,18 +254,18 @@ def print_curves(curves: list[Any], as_json: bool) -> None:
 def print_facts(facts: Mapping[str, float], as_json: bool) -> None:
     """Names and numbers."""
     if as_json:
-        print_json(_finite(dict(facts)))
+        print_json(finite(dict(facts)))
         return
     for name, value in facts.items():
         print(f"{name:<12} {value:.6g}")
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
     """The same with None for numbers that JSON does not have."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 

@@ -36,6 +36,8 @@ def document(title: str, body: Iterable[str]) -> str:
             f'<script type="application/json" id="palette">{_json(THEMES)}</script>\n'
             f"<script>{get_plotlyjs()}</script>\n<script>{_file('page.js')}</script>\n"
         )
+    if any('class="tokens"' in part for part in parts):
+        scripts += f"<script>{_file('tokens.js')}</script>\n"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -84,6 +86,11 @@ def cell(interval: Interval | None, signed: bool = False) -> str:
     low, high = (f"{end:{form}}" for end in (interval.low, interval.high))
     ends = f" <small>({low} to {high})</small>" if interval.known else ""
     return f"{interval.value:{form}}{ends}".replace("-", "−")
+
+
+def script_data(name: str, value: object) -> str:
+    """Data for a script of the page, which finds it by its id."""
+    return f'<script type="application/json" id="{name}">{_json(value)}</script>'
 
 
 def text(value: object) -> str:

@@ -15,10 +15,12 @@ from keel.report.arms import before_and_after
 from keel.report.diagnosis import Finding, diagnose
 from keel.report.figures import Figure, curves, evaluations_over_steps, frontier, pass_curves
 from keel.report.page import cell, document, figures, prose, table, text, write
-from keel.store.records import StoredRun
+from keel.report.tokens_page import token_section
+from keel.store.records import StoredRollout, StoredRun
 from keel.store.store import Store
 
 SHOWN = 6  # prompts whose completions are shown
+EXPLAINED = 4  # completions of training that are shown token by token
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +32,14 @@ class RunData:
         metrics: curves by name.
         evaluations: (step, phase, evaluation) by growing step; the phases "before" and "after" are set side by side.
         composition: the resolved composition as YAML.
+        rollouts: completions of training, with their numbers per token.
     """
 
     run: StoredRun
     metrics: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     evaluations: Sequence[tuple[int, str, Evaluation]] = ()
     composition: str = ""
+    rollouts: Sequence[StoredRollout] = ()
 
     @property
     def before(self) -> Evaluation | None:
@@ -72,13 +76,15 @@ def read_run(directory: str | Path, store: str | Path | None = None) -> RunData:
         run = opened.run(directory.name)
         metrics = opened.metrics(run.id)
         stored = opened.evaluations(run.id)
+        last = max(opened.rollout_counts(run.id), default=0)
+        rollouts = opened.rollouts(run.id, last, limit=EXPLAINED)
     try:
         evaluations = [(e.step, e.phase, Evaluation.from_json(e.evaluation)) for e in stored]
     except ValueError as error:
         raise RunError(f"A stored evaluation cannot be read ({error}).", str(directory)) from error
     config = directory / "config.yaml"
     composition = config.read_text(encoding="utf-8") if config.exists() else ""
-    return RunData(run, metrics, evaluations, composition)
+    return RunData(run, metrics, evaluations, composition, rollouts)
 
 
 def write_report(run: RunData | str | Path, path: str | Path | None = None) -> Path:
@@ -109,7 +115,7 @@ def report(data: RunData) -> str:
     training = training_figures(data.metrics)
     if any(training):
         parts += ["<h2>Training</h2>", figures(training, "training")]
-    parts += [_completions(data), _composition(data)]
+    parts += [_completions(data), _tokens(data), _composition(data)]
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     parts.append(
         f"<footer>Written by Keel, {written}. Brackets and bands are 95% bootstrap intervals over prompts.</footer>"
@@ -243,6 +249,14 @@ def _completions(data: RunData) -> str:
             f'<article class="card pair"><div class="prompt"><pre>{text(key[1])}</pre></div>{columns}</article>'
         )
     return "<h2>Completions</h2>\n" + "\n".join(blocks)
+
+
+def _tokens(data: RunData) -> str:
+    shown = token_section(data.rollouts)
+    if not shown:
+        return ""
+    more = prose(f"`keel explain {data.run.name}` lists all that are stored.")
+    return f"<h2>Training, token by token</h2>\n<p>Completions of step {data.rollouts[0].step}; {more}</p>\n{shown}"
 
 
 def _by_prompt(evaluation: Evaluation | None) -> dict[tuple[int, str], list[Completion]]:

@@ -55,6 +55,9 @@ THEMES: dict[Theme, dict[str, str]] = {
 }
 SERIES = ("medium", "plain", "green", "accent")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
+# Backgrounds in terminals, whose own colours are not known: (background, text), from little to much.
+MORE = (("#cfe3f7", "#1b1f24"), ("#84b7e8", "#1b1f24"), ("#1b64a8", "#ffffff"))
+LESS = (("#fbdcc4", "#1b1f24"), ("#f2a873", "#1b1f24"), ("#c2500a", "#ffffff"))
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 

@@ -198,8 +198,9 @@ class Store:
         """
         rows = self._query(f"SELECT {', '.join(_LISTED)}, config FROM runs WHERE name = ?", [name])
         if not rows:
-            known = [row[0] for row in self._query("SELECT name FROM runs", [])]
-            raise RunError(f"There is no run named '{name}'.{nearest(name, known)}", str(self.path))
+            known = [row[0] for row in self._query("SELECT name FROM runs ORDER BY created DESC, id DESC", [])]
+            there = f"Runs: {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}." if known else "It has none."
+            raise RunError(f"There is no run named '{name}'.{nearest(name, known)}", str(self.path), there)
         return self._stored_run(rows[0])
 
     def metrics(self, run_id: int, names: Iterable[str] | None = None) -> dict[str, list[tuple[int, float]]]:
@@ -237,6 +238,21 @@ class Store:
             f"SELECT {columns} FROM rollouts WHERE {where} ORDER BY step, id LIMIT ? OFFSET ?", [*values, limit, offset]
         )
         return [self._rollout(row) for row in rows]
+
+    def rollout(self, run_id: int, id: int) -> StoredRollout:
+        """One completion of a run, with its numbers per token.
+
+        Raises:
+            RunError: the run has none of that number; the numbers that it has are named.
+            KeelError: stored numbers are damaged.
+        """
+        rows = self._query(f"SELECT {_ROLLOUT}, numbers FROM rollouts WHERE run = ? AND id = ?", [run_id, id])
+        if not rows:
+            query = "SELECT COUNT(*), MIN(id), MAX(id) FROM rollouts WHERE run = ?"
+            ((count, first, last),) = self._query(query, [run_id])
+            known = f"It has {count}, numbered {first} to {last}." if count else "It has none."
+            raise RunError(f"The run has no rollout {id}.", str(self.path), known)
+        return self._rollout(rows[0])
 
     def rollout_counts(self, run_id: int) -> dict[int, int]:
         """How many completions each step has, by growing step."""
