@@ -26,7 +26,7 @@ class RareTokens:
         Mask [B, T].
 
     Raises:
-        ValueError: a share outside [0, 1].
+        ValueError: a share outside [0, 1], or rows without advantage.
 
     Source: "Low-probability Tokens Sustain Exploration in Reinforcement Learning with Verifiable Reward", 2025. The
     authors' code takes none where the share is no more than one token, which switches it off in small batches.
@@ -42,7 +42,8 @@ class RareTokens:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
 
     def __call__(self, rows: Rows, stats: Stats) -> Bool[Tensor, "B T"]:
-        assert rows.advantage is not None
+        if rows.advantage is None:
+            raise ValueError("rare_tokens needs an advantage: the method's chain `advantage` is empty")
         found = self._rarest(rows, stats, rows.advantage < 0, self.negative)
         return found | self._rarest(rows, stats, rows.advantage > 0, self.positive)
 
