@@ -11,7 +11,7 @@ from keel.parts.masks.outcome import Failed
 from keel.parts.rewards.occupancy import OccupancyPenalty
 from keel.parts.rewards.transforms import WeightedSum
 from keel.parts.terms.covering import ReweightedReference
-from keel.parts.terms.penalties import SampledKL, Summand
+from keel.parts.terms.penalties import RootChi2, SampledKL, Summand, VocabularyDivergence
 from keel.parts.terms.weighted import RowWeightedKL
 from keel.recipes.policy_gradient import grpo, rloo
 from keel.recipes.registry import recipe
@@ -26,6 +26,7 @@ def unregularised_rloo(**rloo_options) -> Method:
 def occupancy_chi2(
     beta: float = 0.1,
     kind: Literal["sqrt_chi2", "chi2", "kl"] = "sqrt_chi2",
+    level: Literal["sequence", "state"] = "sequence",
     clip: float | None = None,
     num_generations: int = 8,
     **rloo_options,
@@ -40,6 +41,7 @@ def occupancy_chi2(
     Args:
         beta: coefficient, 0.01 to 1 times the standard deviation of the reward under the reference.
         kind: sqrt_chi2, chi2, or kl of completions.
+        level: state takes the divergence of the next token at each position, in the loss, which promises nothing.
         clip: bound of the reward that is added; None is none.
         num_generations: completions a prompt.
 
@@ -50,6 +52,12 @@ def occupancy_chi2(
     if not beta:
         return method
     divergence = {"sqrt_chi2": "sqrt chi2_policy_ref", "chi2": "chi2_policy_ref", "kl": "kl_policy_ref"}[kind]
+    if level == "state":
+        penalty = RootChi2() if kind == "sqrt_chi2" else VocabularyDivergence(divergence)
+        claim = Claim(f"E_pi[r] - beta {kind}(pi, ref) per state", "state", divergence, "beta")
+        return method.replacing(claim=None if kind == "sqrt_chi2" else claim).adding(
+            terms={"occupancy": Summand(penalty, beta)}, models={"ref": Initial()}
+        )
     objective = f"E_pi[r] - beta {kind}(pi || ref), sequences"
     return method.replacing(
         transforms={"sum": WeightedSum(), "occupancy": OccupancyPenalty(beta, kind, clip=clip)},

@@ -1,6 +1,7 @@
 """Methods that hold the entropy of the policy: at an anchor, or inside the band of its history."""
 
 from dataclasses import replace
+from typing import Literal
 
 from keel.method import Method
 from keel.parts.controllers.entropy import EntropyAnchor, PhaseWeight, TurnEntropy
@@ -54,6 +55,7 @@ def epo(
     low: float = 0.0,
     high: float = 2.0,
     differentiable: bool = True,
+    level: Literal["token", "sequence"] = "token",
     steps: int = 150,
     **grpo_options,
 ) -> Method:
@@ -66,6 +68,7 @@ def epo(
         smoothing: of the penalty beside the bonus.
         low, high: the band, in units of the mean entropy of the same turn in past batches.
         differentiable: False is the release, whose penalty is a constant outside the band and has no gradient.
+        level: sequence judges completions by their mean entropy.
         steps: batches of the training, which the weight w of the penalty depends on.
 
     Source: "EPO: Entropy-regularized Policy Optimization for LLM Agents Reinforcement Learning", 2025; the penalty with
@@ -78,7 +81,7 @@ def epo(
     if not smoothing:
         return method
     scale = entropy_coef * smoothing
-    band = EntropyBand(low, high, (), differentiable)
+    band = EntropyBand(low, high, (), differentiable, level)
     return method.adding(
         terms={"band": Summand(band, scale)},
         controllers={"history": TurnEntropy("band"), "phase": PhaseWeight("terms.band.coef", scale, steps)},

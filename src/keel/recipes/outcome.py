@@ -28,6 +28,8 @@ def riskpo(
     rate: float = 0.1,
     credit: Literal["share", "same", "std"] = "share",
     scale: bool = True,
+    natural: bool = False,
+    seeking: bool = False,
     num_generations: int = 10,
     **grpo_options,
 ) -> Method:
@@ -40,12 +42,14 @@ def riskpo(
         rate: step of the tracked quantiles.
         credit: how the gain of a bundle is split among its completions.
         scale: divide by the deviation of the bundle.
+        natural: advantages of at most 0 in the range.
+        seeking: reward the upper tail, too, as a control.
         num_generations: the group size.
 
     Source: "RiskPO: Risk-based Policy Optimization via Verifiable Reward for LLM Post-Training", 2025.
     """
     method = grpo(num_generations=num_generations, **grpo_options)
-    part = BundleRisk(bundle_size, low, high, tail, rate, credit, scale)
+    part = BundleRisk(bundle_size, low, high, tail, rate, credit, scale, natural=natural, seeking=seeking)
     assert method.claim is not None
     objective = method.claim.objective.replace("E_pi[r]", "RVaR + tail CVaR of bundles, for E_pi[r]")
     return method.replacing(advantage={"risk": part}, claim=replace(method.claim, objective=objective, invariant=()))
@@ -143,27 +147,33 @@ def dcpo(
     return method.adding(advantage={"shift": shift}).replacing(claim=replace(method.claim, invariant=()))
 
 
-@recipe(paper=177, baseline="rloo")
+@recipe(
+    paper=177,
+    baseline="rloo",
+    preset={"train.learning_rate": 5e-7, "train.critic_learning_rate": 2e-6, "train.critic_warmup_steps": 10},
+)
 def oreal(
     beta: float = 0.01,
     positive: float = 1.0,
     negative: float = 0.5,
     token_rewards: Literal["model", "head", "none"] = "model",
     scale_rewards: Literal["none", "group"] = "none",
+    share: float | None = None,
     expected: bool = False,
     threshold: float = 0.5,
     num_generations: int = 16,
 ) -> Method:
     """Likelihood on one right completion of a prompt, half a policy gradient on a wrong one, weighed token by token.
 
-    The token reward model begins at 0, where no token counts; it learns from all completions of every batch. The paper
-    trains it alone for ten batches (`terms.outcome.positive` and `.negative` at 0).
+    The token reward model begins at 0, where no token counts; it learns from all completions of every batch, and for
+    the first ten (`train.critic_warmup_steps`) it alone.
 
     Args:
         beta: coefficient of k3 against the reference, in the loss.
         positive, negative: coefficients of the two losses.
         token_rewards: a model that begins as a copy of the policy, a head on the policy's states, or none.
         scale_rewards: divide the advantage by the group's deviation.
+        share: of the tokens of a completion that count; None weighs them by how sure the model is.
         expected: learn all completions of a prompt in place of one right and one wrong.
         threshold: reward from which on a completion is right.
         num_generations: completions a prompt, at least 2.
@@ -173,11 +183,11 @@ def oreal(
     method = grpo(beta=beta, kl="k3", num_generations=num_generations, scale_rewards=scale_rewards)
     assert method.claim is not None
     head = "" if token_rewards == "none" else "token_reward"
-    loss = {"outcome": OutcomeLoss(positive, negative, threshold=threshold, expected=expected, head=head)}
+    loss = OutcomeLoss(positive, negative, share=share, threshold=threshold, expected=expected, head=head)
     return method.replacing(
         advantage=method.advantage if scale_rewards == "group" else {"leave_one_out": LeaveOneOut()},
         heads={head: Critic("model" if token_rewards == "model" else "head")} if head else {},
         surrogate=None,
-        terms=loss | ({"model": TokenRewardLoss(1.0, threshold)} if head else {}) | dict(method.terms),
+        terms={"outcome": loss} | ({"model": TokenRewardLoss(1.0, threshold)} if head else {}) | dict(method.terms),
         claim=replace(method.claim, invariant=()),
     )

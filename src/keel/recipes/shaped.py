@@ -1,12 +1,14 @@
 """GRPO and PPO on rewards bent before the advantages: rarity, preference, entropy."""
 
 from dataclasses import replace
+from typing import Any, Literal, cast, get_args
 
 from keel.method import Claim, Method
 from keel.models.sources import Initial
 from keel.parts.rewards.entropy_shaping import PhaseEntropy
-from keel.parts.rewards.shaping import PreferenceAsReward, Unlikeliness
-from keel.parts.rewards.transforms import WeightedSum
+from keel.parts.rewards.running import LengthPenalty, RunningReward, RunningShape
+from keel.parts.rewards.shaping import PreferenceAsReward, Shape, Unlikeliness
+from keel.parts.rewards.transforms import ClipReward, WeightedSum
 from keel.parts.rewards.window_entropy import ExplorationReward
 from keel.parts.terms.by_difficulty import KLByDifficulty
 from keel.recipes.policy_gradient import grpo, ppo
@@ -35,30 +37,59 @@ def unlikeliness(penalty: float = 0.25, num_generations: int = 32, **grpo_option
     )
 
 
-@recipe(paper=213, baseline="ppo")
-def par(k: float = 1.0, beta: float = 0.05, num_generations: int = 8, **ppo_options) -> Method:
+Bent = Literal[Shape, RunningShape, "ceiling"]
+
+
+def bent_by(shape: Bent, k: float, references: int, ceiling: float) -> Any:
+    """The part that bends a reward into one of the shapes of `par`."""
+    if shape == "ceiling":
+        return ClipReward(float("-inf"), ceiling)
+    if shape in get_args(RunningShape):
+        return RunningReward(cast(RunningShape, shape))
+    return PreferenceAsReward(k, cast(Shape, shape), references)
+
+
+@recipe(paper=213, baseline="ppo", preset={"train.learning_rate": 3e-7, "train.critic_learning_rate": 5e-6})
+def par(
+    k: float = 1.0,
+    beta: float = 0.05,
+    shape: Bent = "sigmoid",
+    references: int = 10,
+    ceiling: float = 5.0,
+    valid_length: int | None = None,
+    length_penalty: float = 0.01,
+    num_generations: int = 8,
+    **ppo_options,
+) -> Method:
     """PPO on the probability that a completion beats the reference's, which is bounded and steepest at par.
 
         r' = E_ref[sigmoid(k (r - r_ref))],   then k1 per token, which is not squashed
 
-    The completions of the reference are the group's, weighted with ref / old, unless the rows bring recorded rewards.
-
     Args:
         k: steepness, per unit of reward.
         beta: coefficient of k1 against the reference, in the reward.
-        num_generations: completions a prompt, at least 2.
+        shape: sigmoid is the paper's; the others are those that it was held against.
+        references: completions of the reference, drawn once for each prompt, unless the data have a column
+            `reference_rewards`; 0 takes the group's own, weighted with ref / old.
+        ceiling: largest reward of the shape of that name.
+        valid_length: tokens from which on each costs `length_penalty`, before the reward is bent; None is none.
+        num_generations: completions a prompt, at least 2 without references.
 
     Source: "Reward Shaping to Mitigate Reward Hacking in RLHF", 2025.
     """
-    if num_generations < 2:
+    if num_generations < 2 and not references:
         raise ValueError("par holds completions of one prompt against each other: num_generations must be at least 2")
     method = ppo(beta=beta, num_generations=num_generations, **ppo_options)
+    length = {} if valid_length is None else {"length": LengthPenalty(valid_length, length_penalty)}
     objective = "E_pi[r'] - beta KL(pi || ref), r' = E_ref[sigmoid(k (r - r_ref))]"
-    tilt = Claim(objective, "sequence", "kl_policy_ref", "beta", "target", "win_rate_tilt")
+    tilt = (
+        Claim(objective, "sequence", "kl_policy_ref", "beta", "target", "win_rate_tilt") if beta else Claim(objective)
+    )
+    bent = {"par": bent_by(shape, k, references, ceiling)}
     return method.replacing(
-        transforms={"sum": WeightedSum(), "par": PreferenceAsReward(k), **method.transforms},
+        transforms={"sum": WeightedSum(), **length, **bent, **method.transforms},
         models={"ref": Initial()},
-        claim=tilt if beta else Claim(objective),
+        claim={"sigmoid": tilt, "centred": method.claim}.get(shape) if valid_length is None else None,
     )
 
 

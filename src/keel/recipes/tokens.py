@@ -1,10 +1,12 @@
 """GRPO that treats tokens apart: by covariance, probability, entropy, or by the rows that share them."""
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 from keel.method import Method
 from keel.parts.advantages.entropy import EntropyPenalty, TokenGroupScale
+from keel.parts.controllers.temperature import EntropyScale
 from keel.parts.masks.covariance import HighCovariance
 from keel.parts.masks.rarity import RareTokens
 from keel.parts.terms.heterogeneous import HeterogeneousClip
@@ -16,6 +18,7 @@ from keel.parts.weights.entropy_change import EntropyChange
 from keel.parts.weights.trajectory import ConflictWeight
 from keel.recipes.policy_gradient import dapo, grpo, unclipped_grpo
 from keel.recipes.registry import recipe
+from keel.rollouts.adaptive import AdaptiveTemperature
 
 
 @recipe(paper=47, baseline="grpo")
@@ -144,7 +147,7 @@ def gtpo(
 @recipe(
     paper=112,
     baseline="dapo",
-    neutral={"clip": 0.0, "scale": 0.0, "token_average": False},
+    neutral={"clip": 0.0, "scale": 0.0, "token_average": False, "tau": 0.0},
     reduces_to=lambda: dapo(epsilon_high=0.2, dual_clip=10.0),
     preset={"train.dynamic_sampling": True},
 )
@@ -153,20 +156,20 @@ def hapo(
     clip: float = 1.0,
     scale: float = 1.0,
     token_average: bool = True,
+    tau: float = 0.05,
     epsilon: float = 0.2,
     epsilon_high: float = 0.2,
     dual_clip: float | None = 10.0,
     **dapo_options,
 ) -> Method:
-    """DAPO whose clip range, advantage and group statistics follow the entropy of each token.
-
-    The paper's sampler, too, has a temperature for each token; here all are drawn at one.
+    """DAPO whose temperature, clip range, advantage and group statistics follow the entropy of each token.
 
     Args:
         quantile: of the log-entropies of the batch; tokens above it are of high entropy.
         clip: how much the clip range follows the score of the entropy, from 0 to 1.
         scale: how much the advantage does.
         token_average: mean and deviation of a group over its tokens in place of its completions.
+        tau: how much the temperature of a token does, by the score among the tokens of the batch before.
         epsilon, epsilon_high, dual_clip: clip range at score 0.
 
     Source: "From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature", 2025.
@@ -174,7 +177,12 @@ def hapo(
     method = dapo(epsilon=epsilon, epsilon_high=epsilon_high, dual_clip=dual_clip, **dapo_options)
     surrogate = Surrogate(HeterogeneousClip(epsilon, epsilon_high, dual_clip, quantile, clip, scale))
     average = {"token_average": TokenGroupScale()} if token_average else method.advantage
-    return method.replacing(surrogate=surrogate, advantage=average)
+    method = method.replacing(surrogate=surrogate, advantage=average)
+    if not tau:
+        return method
+    assert method.rollout is not None
+    rollout = replace(method.rollout, adaptive=AdaptiveTemperature(tau))
+    return method.replacing(rollout=rollout).adding(controllers={"entropy_scale": EntropyScale(quantile)})
 
 
 def wide_grpo(epsilon: float, epsilon_high: float, dual_clip: float | None = 10.0, **grpo_options) -> Method:

@@ -6,6 +6,8 @@ from typing import Any
 import keel.rollouts.samplers  # noqa: F401 (they join the catalogue)
 from keel.core.errors import ConfigError
 from keel.core.registry import part
+from keel.rollouts.adaptive import AdaptiveTemperature
+from keel.rollouts.extra import ExtraCompletions
 from keel.rollouts.sampling import Sampling
 from keel.sampling.catalogue import entry_named, entry_of, sampler
 from keel.sampling.values import MonteCarlo
@@ -43,6 +45,9 @@ class Rollout:
         greedy_baseline: adds a greedy completion to each group, for ReMax; it never enters the loss.
         sampler: a part of `keel.sampling`, or its name in the catalogue; None draws independent samples.
         value: what a sampler takes for the value of unfinished texts: "monte_carlo:M", or None for 0.
+        max_turns, max_turn_length: on a task of several turns, turns and tokens of a turn at most; None is the task's.
+        extra: further completions of some prompts at another temperature, beside the batch; None draws none.
+        adaptive: a temperature for each token by its entropy; None draws all at one.
 
     Raises:
         ValueError: a setting out of its range, or a sampler that cannot serve here.
@@ -61,6 +66,10 @@ class Rollout:
     greedy_baseline: bool = False
     sampler: Any = None
     value: str | None = None
+    extra: ExtraCompletions | None = None
+    adaptive: AdaptiveTemperature | None = None
+    max_turns: int | None = None
+    max_turn_length: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "num_generations"):
@@ -70,6 +79,9 @@ class Rollout:
             raise ValueError(f"temperature must be positive in training, not {self.temperature}")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length must be at least 1, not {self.max_prompt_length}")
+        for name in ("max_turns", "max_turn_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         _ = self.sampling
         if isinstance(self.sampler, str):
             object.__setattr__(self, "sampler", named_sampler(self.sampler, {}))
@@ -80,9 +92,8 @@ class Rollout:
     @property
     def sampling(self) -> Sampling:
         """The settings that the generator reads."""
-        return Sampling(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.max_completion_length, self.stop_strings
-        )
+        settings = (self.temperature, self.top_k, self.top_p, self.min_p, self.max_completion_length)
+        return Sampling(*settings, self.stop_strings, self.adaptive)
 
     @property
     def grouped(self) -> bool:
@@ -111,6 +122,8 @@ class Rollout:
             raise ConfigError(error.what, "rollout.sampler", error.fix) from None
         if entry.needs in LEARNT:
             raise ValueError(_refusal(type(self.sampler).__name__, entry.needs))
+        if self.extra is not None:
+            raise ValueError("extra completions are independent samples of the policy: take them or a sampler")
         if self.greedy_baseline:
             raise ValueError("a greedy baseline is that of independent samples of the policy: take it or a sampler")
         if getattr(self.sampler, "draw", True) is False and self.num_generations > 1:

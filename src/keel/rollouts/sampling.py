@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from keel.core.rows import Rows
-from keel.statistics.transforms import Transform, filters
+from keel.statistics.transforms import Transform, chain, filters
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Sampling:
         top_k, top_p, min_p: filters, applied in this order after the temperature; None keeps everything.
         max_completion_length: tokens at most, EOS included.
         stop_strings: texts after which a completion ends (kept in it).
+        adaptive: a transform between temperature and filters, which gives tokens temperatures of their own.
 
     Raises:
         ValueError: a setting out of its range.
@@ -28,6 +29,7 @@ class Sampling:
     min_p: float | None = None
     max_completion_length: int = 256
     stop_strings: tuple[str, ...] = ()
+    adaptive: Transform | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -38,8 +40,9 @@ class Sampling:
 
     @property
     def filter(self) -> Transform | None:
-        """The filters as one transform of the tempered logits."""
-        return filters(self.top_k, self.top_p, self.min_p)
+        """The filters, and what stands before them, as one transform of the tempered logits."""
+        steps = (self.adaptive, filters(self.top_k, self.top_p, self.min_p))
+        return chain([step for step in steps if step is not None])
 
 
 @runtime_checkable

@@ -42,7 +42,7 @@ class DataTask:
     """
 
     def __init__(self, name: str, train: Sequence[Example], held_out: Sequence[Example]):
-        check_disjoint(name, map(_identity, train), map(_identity, held_out), _show)
+        check_disjoint(name, map(identity, train), map(identity, held_out), _show)
         self.name = name
         self.train: Sequence[Example] = train
         self.held_out: Sequence[Example] = held_out
@@ -401,7 +401,7 @@ def _kind(value: Any) -> str:
 # Splitting
 
 
-def _identity(example: Example) -> Hashable:
+def identity(example: Example) -> Hashable:
     """What makes two prompts the same: their text, white space around it apart."""
     if isinstance(example.prompt, str):
         return example.prompt.strip()
@@ -416,7 +416,7 @@ def _show(identity: Hashable) -> str:
 def _split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     if not 0 <= share < 1:
         raise ConfigError(f"must be a share in [0, 1) or data, got {share:g}.", where="held_out")
-    keys = [_identity(example) for example in examples]
+    keys = [identity(example) for example in examples]
     ranked = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
     # at least one where there are two prompts, and never all
     count = min(max(1, round(share * len(ranked))), len(ranked) - 1) if share else 0

@@ -1,6 +1,6 @@
 """Advantages with another baseline, or another scale, than the group's mean and deviation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -50,6 +50,45 @@ class LengthBaseline:
         baseline = ratio(groups.sum(earned), groups.sum(length))
         tied = groups.broadcast(groups.tied(value))
         return broadcast(rows, torch.where(tied, torch.zeros_like(value), value - groups.broadcast(baseline)))
+
+
+@part("maximum_gain")
+@dataclass(frozen=True)
+class MaximumGain:
+    """A = (R_max - R_second) / (std of the group + epsilon) for the best completion of a group, 0 for all others.
+
+    The maximum of the group less that of the others: without the deviation, an unbiased policy gradient of E[max of G
+    rewards], which is pass@G where rewards are 0 and 1. Two that tie for the best teach nothing.
+
+    Args:
+        epsilon: added to the deviation; None does not divide.
+
+    Raises:
+        ValueError: epsilon below 0.
+
+    Source: "Optimizing Language Models for Inference Time Objectives using Reinforcement Learning", 2025; scaled as in
+    verl's estimator `grpo_passk`.
+    """
+
+    epsilon: float | None = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None and self.epsilon < 0:
+            raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
+
+    def __call__(self, rows: Rows, stats: Stats) -> Rows:
+        value = returns(rows)
+        groups = Groups.of(rows, ~value.isnan())
+        value = torch.nan_to_num(value, nan=0.0)
+        low, high = groups.range(value)
+        best = (groups.weight > 0) & (value >= groups.broadcast(high))
+        lone = groups.broadcast(groups.sum(best.to(value))) == 1
+        rest = replace(groups, weight=torch.where(best, torch.zeros_like(groups.weight), groups.weight))
+        second = torch.maximum(rest.range(value)[1], low)  # of a single row: itself
+        gain = value - groups.broadcast(second)
+        if self.epsilon is not None:
+            gain = ratio(gain, groups.broadcast(groups.std(value)) + self.epsilon)
+        return broadcast(rows, torch.where(best & lone, gain, torch.zeros_like(gain)))
 
 
 @part("maximum_likelihood")

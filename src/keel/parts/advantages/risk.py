@@ -25,6 +25,7 @@ class BundleRisk:
         X_j = sum over the K prompts of the j-th completion's R          one "paper" of the bundle
         RVaR_j = ([X - q_low]_+ - [X - q_high]_+) / (high - low),   CVaR_j = -[q_low - X]_+ / low
         A_j = (tail CVaR_j + RVaR_j) / (1 + tail) / (std of X in the bundle + epsilon)
+        natural:  RVaR_j - (q_high - q_low) / (high - low);   seeking:  RVaR_j + [X - q_high]_+ / (1 - high)
 
     and the completion i of prompt k gets of its paper's A: its share (R_i - mean_k) / sum_k (R - mean_k), equal shares
     where that sum is 0 (share); all of it (same); or A / (std of its prompt + epsilon) (std). A bundle in which all
@@ -43,9 +44,12 @@ class BundleRisk:
         credit: share, same or std.
         scale: divide by the deviation of the bundle.
         epsilon: added to deviations.
+        natural: take the range's width off, so that what lies above it gets 0 and not all advantages are positive.
+        seeking: reward the upper tail, too; a control whose entropy should collapse.
 
     Raises:
-        ValueError: bundle_size below 1, levels out of order, a tail without room, or a rate outside [0, 1].
+        ValueError: bundle_size below 1, levels out of order, a tail (of either side) without room, or a rate outside
+            [0, 1].
 
     Source: "RiskPO: Risk-based Policy Optimization via Verifiable Reward for LLM Post-Training", 2025.
     """
@@ -58,6 +62,8 @@ class BundleRisk:
     credit: Credit = "share"
     scale: bool = True
     epsilon: float = 1e-6
+    natural: bool = False
+    seeking: bool = False
 
     def __post_init__(self) -> None:
         if self.bundle_size < 1:
@@ -66,6 +72,8 @@ class BundleRisk:
             raise ValueError(f"levels must satisfy 0 <= low < high <= 1, not low={self.low}, high={self.high}")
         if self.tail < 0 or (self.tail > 0 and self.low == 0):
             raise ValueError(f"tail must not be negative, and needs low above 0: tail={self.tail}, low={self.low}")
+        if self.seeking and self.high == 1:
+            raise ValueError("seeking needs high below 1")
         if not 0 <= self.rate <= 1:
             raise ValueError(f"rate must be in [0, 1], not {self.rate}")
         if self.credit not in get_args(Credit):
@@ -79,6 +87,11 @@ class BundleRisk:
         value, groups, paper, total = self._papers(rows)
         low, high = self._quantiles(rows, groups, total, state)
         gain = risk(total, low.to(total), high.to(total), self.low, self.high, self.tail)
+        width = (high - low).to(total)
+        if self.natural:
+            gain = gain - width / (self.high - self.low) / (1 + self.tail)
+        if self.seeking:
+            gain = gain + (total - high.to(total)).clamp(min=0) / (1 - self.high) / (1 + self.tail)
         if self.scale:
             gain = gain / (groups.broadcast(groups.std(total)) + self.epsilon)
         gain = torch.where(groups.broadcast(groups.tied(total)), torch.zeros_like(gain), gain)

@@ -12,6 +12,7 @@ from keel.core.rows import Rows
 from keel.parts.advantages.group import advantage
 from keel.statistics.functionals import Functional, LogProb
 from keel.statistics.stats import Stats
+from keel.statistics.temperature import check_switch, switched_temperature
 from keel.statistics.transforms import Temperature
 
 OLD = LogProb(of=("old",))
@@ -52,11 +53,9 @@ class TemperatureShift:
     largest: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("target", "cap"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 < self.low <= 1 <= self.high:
-            raise ValueError(f"temperatures must satisfy 0 < low <= 1 <= high, not low={self.low}, high={self.high}")
+        check_switch(self.target, self.high, self.low)
+        if self.cap < 0:
+            raise ValueError(f"cap must not be negative, got {self.cap}")
         if self.largest < 1:
             raise ValueError(f"largest must be at least 1, not {self.largest}")
 
@@ -76,7 +75,7 @@ class TemperatureShift:
         share = weighted_mean(good.to(value.dtype), rows.weight.to(value.dtype) * (rows.main & ~value.isnan()))
         pull = ratio(share.new_tensor(min(abs(self.target - entropy), self.cap)), share)
         alpha = pull / (pull + 1)
-        shifted = stats[self.at(self.high if entropy <= self.target else self.low)]
+        shifted = stats[self.at(switched_temperature(entropy, self.target, self.high, self.low))]
         kappa = self.ratios(shifted.to(credit.dtype), stats[OLD].to(credit.dtype), rows)
         mixed = (1 - alpha) * credit + alpha * good[:, None] * kappa
         return rows.with_(advantage=torch.where(value.isnan()[:, None], credit, mixed))

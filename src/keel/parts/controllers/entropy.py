@@ -47,6 +47,11 @@ class EntropyAnchor:
         """The entropy of the policy that sampled."""
         return (nucleus_entropy(self.top_p, self.top_k, "old"),)
 
+    @property
+    def owns(self) -> tuple[str, ...]:
+        """The anchor."""
+        return (f"terms.{self.term}.anchor",)
+
     def init(self) -> dict[str, Any]:
         """No anchor yet."""
         return {"anchor": None}
@@ -78,6 +83,11 @@ class TurnEntropy:
 
     term: str = "band"
     needs = (Entropy(of=("old",)),)
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        """The history."""
+        return (f"terms.{self.term}.penalty.history",)
 
     def init(self) -> dict[str, list[float]]:
         """Sums and counts, turn by turn."""

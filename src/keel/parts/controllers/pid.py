@@ -9,7 +9,7 @@ import torch
 from keel.core.aggregate import masked_mean
 from keel.core.registry import part
 from keel.core.rows import Rows
-from keel.statistics.functionals import Functional, LogProb
+from keel.statistics.functionals import Divergence, Functional, LogProb
 from keel.statistics.stats import Stats
 
 METRIC = "safe/kl"
@@ -101,6 +101,52 @@ class KLThreshold:
     def urgency(self, entropy: float) -> float:
         """Factor of the penalty at an entropy in nats."""
         return max(0.5, self.entropy_floor / (entropy + 0.1))
+
+
+@part("kl_preview", paper=12)
+@dataclass(frozen=True)
+class KLPreview:
+    """Looks at the policy that an update would make, and takes min(1, limit / KL) of the way.
+
+    KL is the mean over the visited positions of KL(policy || ref) of the next token, over the whole vocabulary: the
+    mean log-ratio of the tokens, which need not be the tried policy's, may be negative where the policy is far away.
+
+    Args:
+        limit: nats per token.
+        against: name of the reference model.
+
+    Raises:
+        ValueError: limit not positive.
+
+    Source: "SAFE: Stable Alignment Finetuning with Entropy-Aware Predictive Control for RLHF", 2026; the release has
+    the factor, and its loop never asks for it; which KL is meant is Keel's reading.
+    """
+
+    limit: float = 0.5
+    against: str = "ref"
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise ValueError(f"limit must be positive, not {self.limit}")
+
+    @property
+    def looks_at(self) -> tuple[Functional, ...]:
+        """What is measured of the tried policy."""
+        return (Divergence("kl_policy_ref", self.against),)
+
+    def init(self) -> dict[str, Any]:
+        """Nothing to remember."""
+        return {}
+
+    def update(self, metrics: dict[str, float], state: dict[str, Any], step: int) -> tuple[dict[str, float], dict]:
+        """It owns no value."""
+        return {}, state
+
+    def scale_step(self, rows: Rows, stats: Stats) -> float:
+        """The share of an update to take, by what it would make of the policy."""
+        found = stats[self.looks_at[0]]
+        kl = float(masked_mean(torch.where(rows.mask, found, torch.zeros_like(found)), rows))
+        return min(1.0, self.limit / kl) if kl > 0 else 1.0
 
 
 def phase(rewards: list[float]) -> str:

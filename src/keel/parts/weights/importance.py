@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from keel.core.aggregate import masked_mean, ratio
 from keel.core.registry import part
 from keel.core.rows import Rows
 from keel.statistics.functionals import LogProb
@@ -21,6 +22,7 @@ class TruncatedImportance:
     Args:
         cap: the largest weight.
         level: token, or sequence (the product over the counted tokens of a row).
+        normalise: divide by the mean weight of the tokens of the step, so that the size of the step stays.
 
     Returns:
         Weights [B, T], 1 off the mask.
@@ -33,12 +35,17 @@ class TruncatedImportance:
 
     cap: float = 2.0
     level: Literal["token", "sequence"] = "token"
+    normalise: bool = False
     needs = (LogProb(of=("old",)),)
-    additive = True
 
     def __post_init__(self) -> None:
         if self.cap <= 0:
             raise ValueError(f"cap must be positive, not {self.cap}")
+
+    @property
+    def additive(self) -> bool:
+        """A mean over the tokens of the step is not that of a slice."""
+        return not self.normalise
 
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, "B T"]:
         if "behaviour" not in rows.logp:
@@ -48,4 +55,6 @@ class TruncatedImportance:
         if self.level == "sequence":
             gap = gap.sum(1, keepdim=True).expand_as(gap)
         weight = gap.clamp(-20.0, 20.0).exp().clamp(max=self.cap)
+        if self.normalise:
+            weight = ratio(weight, masked_mean(weight, rows).expand_as(weight))
         return torch.where(rows.mask, weight, torch.ones_like(weight)).detach()
