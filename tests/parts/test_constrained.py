@@ -1,6 +1,8 @@
 """Rewards under constraints (mu- and xi-PPO), a moving KL threshold (SAFE), weights of objectives (RECAP)."""
 
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +11,14 @@ from tests.worlds import assert_same, noise, outcome, rows_for
 
 from keel.core.components import COMPONENTS
 from keel.core.rows import Rows
+from keel.models.heads import SlowCopy
 from keel.parts.advantages.constrained import ConstrainedGAE, mix
 from keel.parts.advantages.group import GroupCentre, GroupStd, Returns
 from keel.parts.advantages.pessimistic import SoftMinCritics
 from keel.parts.advantages.stream import GAE
 from keel.parts.controllers.convergence import ObjectiveWeights
-from keel.parts.controllers.lagrange import Lagrange, search_thresholds
-from keel.parts.controllers.pid import KLThreshold
+from keel.parts.controllers.lagrange import Lagrange, ThresholdSearch, next_point, search_thresholds
+from keel.parts.controllers.pid import KLPreview, KLThreshold
 from keel.parts.rewards.components import KeepComponents, StandardiseComponents
 from keel.parts.rewards.transforms import WeightedSum
 from keel.parts.terms.critics import SoftMinValueLoss, SquaredValueLoss
@@ -23,6 +26,7 @@ from keel.recipes.registry import recipe_named
 from keel.statistics.critics import soft_min
 from keel.statistics.functionals import LogProb, Value
 from keel.statistics.stats import Stats
+from keel.train.online import control
 from keel.verify.recipes import HOLDS, verify_recipe
 
 NOTHING = Stats()
@@ -184,6 +188,61 @@ def test_search_of_thresholds():
     assert few[0] == (0.0, 1.0)
 
 
+def searched(part: ThresholdSearch, score, batches: int) -> tuple[list[tuple], dict]:
+    """The thresholds in force at each batch, the metric being `score` of those in force before."""
+    state, metrics, points = part.init(), {}, []
+    for step in range(batches):
+        values, state = part.update(metrics, json.loads(json.dumps(state)), step)
+        points.append(values["controllers.multipliers.thresholds"])
+        metrics = {"reward": score(points[-1])}
+    return points, state
+
+
+def test_thresholds_are_found_within_a_run():
+    """The peak at (.7, .2); each point is in force for two batches and asked for once."""
+    part = ThresholdSearch((0.5, 0.5), width=0.2, every=2, evaluations=60)
+    points, state = searched(part, lambda x: -((x[0] - 0.7) ** 2) - 2 * (x[1] - 0.2) ** 2, 130)
+    assert points[-1] == pytest.approx((0.7, 0.2), abs=2e-3)
+    tried = [tuple(point) for point, _ in state["known"]]
+    assert len(tried) == 60 == len(set(tried)) and points[-1] in tried
+    assert points[:6] == [(0.5, 0.5), (0.5, 0.5), (0.7, 0.5), (0.7, 0.5), (0.5, 0.7), (0.5, 0.7)]
+    outside, _ = search_thresholds(lambda x: -((x[0] - 0.7) ** 2) - 2 * (x[1] - 0.2) ** 2, part.simplex, 60)
+    assert points[-1] == pytest.approx(outside)
+
+
+def test_moves_of_the_simplex():
+    """From 0 and 1 with scores 0 and 1: reflection to 2; better: expansion to 3; worse: contraction to 1.5."""
+    first = [((0.0,), 0.0), ((1.0,), 1.0)]
+    start = [(0.0,), (1.0,)]
+    assert next_point(start, []) == (0.0,) and next_point(start, first[:1]) == (1.0,)
+    assert next_point(start, first) == (2.0,)
+    assert next_point(start, [*first, ((2.0,), 2.0)]) == (3.0,)
+    assert next_point(start, [*first, ((2.0,), 0.5)]) == (1.5,)
+    inside = [*first, ((2.0,), -1.0)]
+    assert next_point(start, inside) == (0.5,)
+
+
+def test_the_thresholds_arrive_at_the_dual():
+    method = recipe_named("mu_ppo")(thresholds=(0.5, 0.3), search_metric="rewards/true/mean")
+    assert list(method.controllers) == ["search", "multipliers"]
+    moved = method.set("controllers.multipliers.thresholds", (0.6, 0.3))
+    assert moved.controllers["multipliers"].thresholds == (0.6, 0.3)
+    values, state = method.controllers["search"].update({}, method.controllers["search"].init(), 0)
+    assert values == {"controllers.multipliers.thresholds": (0.5, 0.3)} and state["since"] == []
+
+
+def test_the_dual_goes_by_the_thresholds_of_the_search():
+    """At once, whatever the method was built with: a run that goes on from a checkpoint has only the states."""
+    method = recipe_named("mu_ppo")(search_metric="reward")
+    states = {name: item.init() for name, item in method.controllers.items()}
+    states["search"]["point"] = [0.9]
+    session = SimpleNamespace(
+        method=method, metrics=[{"constraints/0": 0.7}], controller_states=states, position=SimpleNamespace(step=3)
+    )
+    control(session)
+    assert session.controller_states["multipliers"]["u"][0] == pytest.approx(0.1 * 0.25 * 0.2)
+
+
 # -- SAFE ------------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +338,27 @@ def test_below_the_threshold_nothing_is_added():
         name: term for name, term in method.terms.items() if name != "kl"}), rows), silent)  # fmt: skip
 
 
+def test_slow_critics_judge():
+    """The slow pair gives (1, 2), the live pair (3, 3): the advantage is of the one, the clip range of the other."""
+    part = SoftMinCritics(slow=("slow_a", "slow_b"))
+    values = {"value_a": 3.0, "value_b": 3.0, "slow_a": 1.0, "slow_b": 2.0}
+    stats = Stats({Value(h, of=("old",)): torch.full((8, 4), v, dtype=torch.float64) for h, v in values.items()})
+    found = part(k8_rows(), stats)
+    assert found.advantage[0, :3].tolist() == pytest.approx([1 - 1.197428] * 3, abs=ALIKE)
+    assert found.columns["values"][0, :3].tolist() == pytest.approx([3.0] * 3)
+    method = recipe_named("safe")(slow=0.05)
+    assert list(method.heads) == ["value_a", "value_b", "slow_a", "slow_b"]
+    assert set(part.heads_read) == set(method.heads)
+
+
+@pytest.mark.parametrize(("kl", "scale"), [(2.0, 0.25), (0.5, 1.0), (0.4, 1.0), (0.0, 1.0)])
+def test_share_of_a_step(kl, scale):
+    """min(1, .5 / KL) over the tokens of the rows; garbage in the padding counts for nothing."""
+    rows = k8_rows()
+    found = Stats({KLPreview().looks_at[0]: torch.where(rows.mask, kl, 9.0).double()})
+    assert KLPreview().scale_step(rows, found) == pytest.approx(scale)
+
+
 def test_the_controller_sees_the_kl_while_nothing_is_added():
     method = recipe_named("safe")()
     assert {OLD, REF} <= set(method.prepare_needs())
@@ -362,6 +442,13 @@ def test_weights_change_the_step():
         (lambda: Lagrange(learning_rate=0.0), "learning_rate"),
         (lambda: Lagrange(momentum=1.0), "momentum"),
         (lambda: search_thresholds(sum, [(0.0, 0.0)]), "M . 1 points"),
+        (lambda: KLPreview(0.0), "limit"),
+        (lambda: ThresholdSearch(()), "start"),
+        (lambda: ThresholdSearch(width=0.0), "width"),
+        (lambda: ThresholdSearch(every=0), "every"),
+        (lambda: ThresholdSearch(evaluations=1), "evaluations"),
+        (lambda: SoftMinCritics(slow=("one",)), "slow"),
+        (lambda: SlowCopy("value", 0.0), "rate"),
         (lambda: search_thresholds(sum, [(0.0,), (1.0,)], evaluations=1), "evaluations"),
         (lambda: SoftMinCritics(0.0), "sharpness"),
         (lambda: SoftMinCritics(heads=("v", "v")), "heads"),

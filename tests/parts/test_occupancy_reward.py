@@ -10,9 +10,10 @@ from tests.worlds import assert_same, online_rows, outcome, rows_for
 from keel.exact.optima import optimum
 from keel.exact.space import SequenceSpace, TabularPolicy
 from keel.parts.rewards.occupancy import OccupancyPenalty, trimmed_mean
+from keel.parts.terms.penalties import RootChi2
 from keel.recipes.divergence import occupancy_chi2
 from keel.recipes.registry import recipe_named
-from keel.statistics.functionals import LogProb
+from keel.statistics.functionals import Divergence, LogProb
 from keel.statistics.stats import Stats
 from keel.verify.objectives import Objective
 from keel.verify.world import World
@@ -136,6 +137,30 @@ def test_kl_of_completions_is_rloo():
     assert_same(found, outcome(recipe_named("rloo")(beta=0.05, num_generations=4), rows))
 
 
+def test_roots_of_positions():
+    """chi2 .63 has the root .793725; below 1e-4 the floor, with no gradient."""
+    chi2 = Divergence("chi2_policy_ref", "ref")
+    numbers = torch.tensor([[0.63, 1e-5, 0.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    found = RootChi2()(online_rows(4), Stats({chi2: numbers}))
+    assert found[0].tolist() == pytest.approx([0.793725, 0.01, 0.01, 2.0], abs=5.1e-7)
+    (grad,) = torch.autograd.grad(found.sum(), numbers)
+    assert grad[0].tolist() == pytest.approx([0.5 / math.sqrt(0.63), 0.0, 0.0, 0.25])
+
+
+@pytest.mark.parametrize("kind", ["chi2", "sqrt_chi2"])
+def test_divergences_of_actions_in_the_loss(kind):
+    """One token: the loss without a reward is beta times the divergence, and its gradient that of all outcomes."""
+    method = occupancy_chi2(beta=0.7, kind=kind, level="state")
+    assert list(method.terms) == ["occupancy"] and "occupancy" not in method.transforms
+    policy, ref = table(logs(P)), table(logs(Q))
+    found = gradient(method, policy, ref, torch.zeros(3, dtype=torch.float64))[0, 0]
+    x = logs(P).requires_grad_()
+    p, q = x.softmax(0), torch.tensor(Q, dtype=torch.float64)
+    value = ((p - q) ** 2 / q).sum() ** (1.0 if kind == "chi2" else 0.5)
+    (wanted,) = torch.autograd.grad(0.7 * value, x)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("settings", "what"),
     [({"coef": -1.0}, "coef"), ({"trim": 0.5}, "trim"), ({"clip": 0.0}, "clip")],
@@ -143,3 +168,8 @@ def test_kl_of_completions_is_rloo():
 def test_settings_out_of_range(settings, what):
     with pytest.raises(ValueError, match=what):
         OccupancyPenalty(**settings)
+
+
+def test_a_root_without_a_floor():
+    with pytest.raises(ValueError, match="floor"):
+        RootChi2(floor=0.0)

@@ -194,6 +194,34 @@ def test_token_weights():
     torch.testing.assert_close((swapped[1], swapped[0]), (above, below))
 
 
+def test_the_surest_tokens_alone():
+    """p = sigmoid of the running mean (0.5, 0, 2, -1): the largest of four from 0 to 1; for the wrong the smallest."""
+    q = double(0.5, -0.5, 6.0, -10.0)[None]
+    assert running_mean(q, torch.ones(1, 4, dtype=torch.bool))[0].tolist() == [0.5, 0.0, 2.0, -1.0]
+    for width in (4, 6):
+        numbers = torch.full((1, width), 7.0, dtype=torch.float64)
+        numbers[:, :4] = q
+        rows = one_row([i < 4 for i in range(width)])
+        stats = Stats({LogProb(): torch.zeros_like(numbers), TOKENS: numbers})
+        above, below = OutcomeLoss(head="token_reward", share=0.5).token_weights(rows, stats)
+        assert above[0, :4].tolist() == [0, 0, 1, 0] and below[0, :4].tolist() == [0, 0, 0, 1]
+        above, below = OutcomeLoss(head="token_reward", share=0.75).token_weights(rows, stats)
+        p = [0.622459, 0.5, 0.880797, 0.268941]
+        middle = (p[0] - p[1]) / (p[2] - p[1]), (p[0] - p[1]) / (p[0] - p[3])
+        assert above[0].tolist() == pytest.approx([middle[0], 0, 1, 0] + [0] * (width - 4), abs=1e-5)
+        assert below[0].tolist() == pytest.approx([0, middle[1], 0, 1] + [0] * (width - 4), abs=1e-5)
+
+
+def test_tokens_that_agree_count_alike():
+    """Also in a row shorter than 1 / share, where one token is left."""
+    rows = one_row([True] * 3)
+    stats = Stats({LogProb(): torch.zeros(1, 3).double(), TOKENS: torch.zeros(1, 3).double()})
+    above, below = OutcomeLoss(head="token_reward", share=0.25).token_weights(rows, stats)
+    assert above[0].tolist() == below[0].tolist() == [1, 0, 0]
+    above, _ = OutcomeLoss(head="token_reward", share=1.0).token_weights(rows, stats)
+    assert above[0].tolist() == [1, 1, 1]
+
+
 def loss_and_gradient(part, rows, stats):
     loss = part(rows, stats)
     return float(loss.detach()), torch.autograd.grad(loss, stats[LogProb()])[0]
@@ -317,6 +345,7 @@ def test_low_precision(name, dtype):
         (lambda: TemperatureShift(largest=0.5), "largest"),
         (lambda: OutcomeLoss(positive=-1.0), "positive"),
         (lambda: OutcomeLoss(margin=1.0), "margin"),
+        (lambda: OutcomeLoss(share=0.0), "share"),
         (lambda: TokenRewardLoss(-1.0), "coef"),
         (lambda: recipe_named("oreal").make(num_generations=1), "num_generations"),
     ],

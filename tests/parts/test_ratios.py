@@ -8,6 +8,7 @@ from tests.parts.k8 import ALIKE, MASK, k8_loss, k8_method, k8_rows, k8_stats
 from tests.recipes.test_limits import FOUR, assert_equal, gradient, policy_gradient
 from tests.worlds import from_probs, outcome, rows_for, table
 
+from keel.core.aggregate import masked_mean
 from keel.core.config import build
 from keel.core.errors import ConfigError
 from keel.core.rows import cat
@@ -16,15 +17,17 @@ from keel.exact.space import SequenceSpace
 from keel.parts.advantages.estimators import (
     Collision,
     LengthBaseline,
+    MaximumGain,
     MaximumLikelihood,
     NonzeroScale,
     OptimalTokenBaseline,
 )
-from keel.parts.advantages.group import GroupCentre
+from keel.parts.advantages.group import GroupCentre, GroupStd
 from keel.parts.advantages.rejection import RejectMismatch
 from keel.parts.terms.penalties import SampledKL, Summand
 from keel.parts.terms.surrogate import Clipped, LogLikelihood, Surrogate, Unclipped
 from keel.parts.terms.surrogates import GammaKernel, GeometricMean, SoftGate, TwoSidedClip
+from keel.parts.weights.importance import TruncatedImportance
 from keel.parts.weights.mismatch import MaskedImportance, StaleNegatives, TrustRegion
 from keel.recipes.registry import recipe_named
 from keel.statistics.engine import Engine
@@ -58,6 +61,7 @@ LOSSES = {
         ),
         0.372057,
     ),
+    "tis over its mean": (weighted(TruncatedImportance(normalise=True)), 0.297472),
     "masked token": (weighted(MaskedImportance()), 0.384220),
     "icepop": (weighted(MaskedImportance(0.5, 5.0)), 0.256416),
     "masked sequence": (weighted(MaskedImportance(0.0, 3.0, "sequence")), 0.053740),
@@ -185,10 +189,12 @@ def advantage(chain, rows, stats=None):
             [1.333333, -1.333333, -1.333333, 1.333333, -0.666667, -0.666667, -0.666667, 2],
         ),
         ([LengthBaseline()], [0.6, -0.4, -0.4, 0.6, -0.1, -0.1, -0.1, 0.9]),
+        ([MaximumGain()], [0, 0, 0, 0, 0, 0, 0, 1.999996]),
+        ([MaximumGain(None)], [0, 0, 0, 0, 0, 0, 0, 1]),
         ([MaximumLikelihood()], [1, -1, -1, 1, -1, -1, -1, 3]),
         ([MaximumLikelihood(None)], [1, -1, -1, 1, -1, -1, -1, 3]),
     ],
-    ids=["gpg", "opo", "maxrl", "maxrl returns"],
+    ids=["gpg", "opo", "best", "best unscaled", "maxrl", "maxrl returns"],
 )
 def test_advantages(chain, wanted, dtype):
     found = advantage(chain, k8_rows(dtype))
@@ -201,7 +207,7 @@ def test_advantages(chain, wanted, dtype):
 def test_tied_groups_and_unscored_rows_have_no_advantage():
     rows = k8_rows().with_(reward=torch.tensor([[0.1]] * 4 + [[1.0], [0.0], [math.nan], [0.3]]).double())
     stats = k8_stats().merged({Collision(): torch.full((8, 4), 0.5).double()})
-    for chain in ([LengthBaseline()], [MaximumLikelihood(0.1)], [OptimalTokenBaseline()]):
+    for chain in ([LengthBaseline()], [MaximumLikelihood(0.1)], [OptimalTokenBaseline()], [MaximumGain()]):
         found = advantage(chain, rows, stats)
         assert not found[:4].any() and not found[6].any() and bool(found[4].any())
     assert not advantage([MaximumLikelihood(2.0)], rows).any()
@@ -236,6 +242,47 @@ def test_groups_of_g_ascend_the_first_terms_of_the_likelihood(size):
     series = -sum((1 - p) ** k / k for k in range(1, size))
     (wanted,) = torch.autograd.grad(series, policy.table)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_groups_of_g_ascend_their_expected_maximum(size):
+    """Over all groups, those that tie for the best included: exactly."""
+    policy = table("best", space=FOUR)
+    earned = torch.tensor([0.3, -0.2, 1.0, 0.4], dtype=torch.float64)
+    batch = groups(policy, size).with_reward(earned)
+    found = -gradient(policy_gradient(MaximumGain(None)), batch.rows, policy)
+    p, order = policy.log_prob(FOUR.rows()).exp(), earned.argsort()
+    below = torch.cat([p.new_zeros(1), p[order].cumsum(0)]) ** size  # P(max <= each value)
+    (wanted,) = torch.autograd.grad((earned[order] * below.diff()).sum() / size, policy.table)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_the_best_of_rows_of_some_weight():
+    """A tie with a row of weight 0 is none; of two rows alike neither learns."""
+    rows = k8_rows().with_(reward=torch.tensor([[1.0], [1.0], [0.2], [0.4], [0.7], [0.7], [0.1], [0.0]]).double())
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    found = advantage([MaximumGain(None)], rows.with_(weight=weight))[:, 0]
+    assert found.tolist() == [pytest.approx(0.6), 0, 0, 0, 0, 0, 0, 0]
+    alone = rows.select(torch.tensor([0]))
+    assert not advantage([MaximumGain()], alone).any()
+    with pytest.raises(ValueError, match="epsilon"):
+        MaximumGain(-1e-3)
+
+
+def test_population_deviations_where_enumerated():
+    """Some implementations divide samples by them, too."""
+    found = advantage([GroupCentre(), GroupStd(1e-6)], k8_rows().with_(exact=True))[:, 0]
+    wanted = [0.999998, -0.999998, -0.999998, 0.999998, -0.577349, -0.577349, -0.577349, 1.732047]
+    assert found.tolist() == pytest.approx(wanted, abs=ALIKE)
+
+
+def test_importance_weights_over_their_mean():
+    rows, stats = k8_rows(), k8_stats()
+    part = TruncatedImportance(normalise=True)
+    found, plain = part(rows, stats), TruncatedImportance()(rows, stats)
+    torch.testing.assert_close(found[MASK], plain[MASK] / 1.129055, rtol=1e-6, atol=0)
+    assert float(masked_mean(found, rows)) == pytest.approx(1.0, abs=1e-12) and bool((found[~MASK] == 1).all())
+    assert TruncatedImportance().additive and not k8_method(Unclipped(), weights={"tis": part}).additive
 
 
 def test_without_a_limit_it_is_the_likelihood():

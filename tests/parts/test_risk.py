@@ -42,6 +42,23 @@ def test_gain_of_a_bundle(tail, wanted):
     assert found.tolist() == pytest.approx(wanted, abs=DIGITS)
 
 
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"natural": True}, [-5, -5, -3.333333, -1.666667, 0, 0]),
+        ({"seeking": True}, [0, 0, 1.666667, 3.333333, 5, 10]),
+        ({"natural": True, "tail": 1.5}, [-5, -2, -1.333333, -0.666667, 0, 0]),
+    ],
+)
+def test_gains_of_variants(settings, wanted):
+    """X = 0 .. 5 as papers of one prompt each, q = 1 and 4: the range's width is 3 / .6 = 5, the tail above 1 / .2."""
+    rows = sampled_groups(torch.arange(6)[None], TOTALS)
+    part = BundleRisk(1, credit="same", scale=False, **{"tail": 0.0, **settings})
+    state = {"low": torch.tensor(1.0), "high": torch.tensor(4.0)}
+    found = part(rows, Stats(), state).advantage[:, 0]
+    assert found.tolist() == pytest.approx(wanted, abs=DIGITS)
+
+
 def test_the_gain_is_the_gradient_of_the_range():
     """X ~ N(theta, 1) with its exact quantiles: d RVaR / d theta = 1."""
     q = 0.8416212335729143

@@ -10,6 +10,7 @@ from tests.worlds import assert_same, noise, outcome, rows_for
 from keel.core.rows import Rows
 from keel.parts.advantages.group import GroupCentre, GroupStd
 from keel.parts.rewards.entropy_shaping import PhaseEntropy
+from keel.parts.rewards.running import LengthPenalty, RunningReward
 from keel.parts.rewards.shaping import PreferenceAsReward, Unlikeliness, shaped
 from keel.recipes.registry import recipe_named
 from keel.statistics.functionals import Entropy, LogProb
@@ -89,6 +90,84 @@ def test_preference_over_recorded_references():
     assert against([2.036433], [0.0, 1.0, 2.0], shape="log_sigmoid") == pytest.approx([-0.693147], abs=1e-6)
     assert against([3.0], [0.0, 1.0, 2.0], shape="centred") == pytest.approx([2.0])
     assert against([3.0], [0.0, NAN, 2.0, NAN]) == pytest.approx([(0.952574 + 0.731059) / 2], abs=1e-6)
+
+
+def test_the_shifted_control():
+    """r - 3 against (0, 1, 2): at 5 what the sigmoid has at 2, the mean of sigmoid(2), (1) and (0)."""
+    found = against([5.0, 3.0], [0.0, 1.0, 2.0], shape="shifted")
+    assert found == pytest.approx([(0.880797 + 0.731059 + 0.5) / 3, 0.296048], abs=1e-6)
+
+
+def test_the_slope_is_steepest_at_par():
+    """One reference at 1: k / 4 there, less on either side."""
+    for k in (1.0, 2.0):
+        rise = [against([r + 1e-5], [1.0], k=k)[0] - against([r - 1e-5], [1.0], k=k)[0] for r in (0.0, 1.0, 2.0)]
+        assert rise[1] / 2e-5 == pytest.approx(0.25 * k, abs=1e-9) and rise[1] > max(rise[0], rise[2])
+
+
+def test_a_reference_is_remembered_once():
+    rows, stats = one_token([-1.0] * 3, [0.5, 30.0, 2.0])
+    known = torch.tensor([[0.0, 1.0], [NAN, NAN], [5.0, NAN]], dtype=torch.float64)
+    rows = rows.with_(features={"reference_rewards": known}, data_index=torch.tensor([7, 8, 9]))
+    part = PreferenceAsReward(references=2)
+    metrics: dict = {}
+    state = part.observe(rows, stats, metrics, part.init())
+    assert list(state["known"]) == ["7", "9"] and state["known"]["7"] == [0.0, 1.0]
+    assert metrics == {"par/saturated": pytest.approx(2 / 3)}
+    changed = rows.with_(features={"reference_rewards": known + 1})
+    assert part.observe(changed, stats, {}, state)["known"]["7"] == [0.0, 1.0]
+    assert PreferenceAsReward().observe(rows, stats, {}, {"known": {}}) == {"known": {}}
+
+
+# -- shapes that remember --------------------------------------------------------------------------------------------
+
+
+def run_of(shape, batches) -> list[list[float]]:
+    part = RunningReward(shape)
+    state, out = part.init(), []
+    for batch in batches:
+        rows, stats = one_token([-1.0] * len(batch), batch)
+        bent = part(rows, stats, state)
+        out.append(bent.reward[:, 0].tolist())
+        state = part.observe(bent, stats, {}, state)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("shape", "first", "second"),
+    [
+        ("standardise", [-1.0, 1.0], [1.745743, -0.981981, 0.109109]),
+        ("clip", [0.0, 2.0], [3.633030, 0.0, 2.0]),
+        ("min_max", [0.0, 1.0], [1.0, 0.0, 0.4]),
+    ],
+)
+def test_running_shapes(shape, first, second):
+    """Batches (0, 2) and (5, 0, 2): mean 1 and deviation 1, then mean 1.8 and variance 3.36, from 0 to 5."""
+    found = run_of(shape, [[0.0, 2.0], [5.0, 0.0, 2.0]])
+    assert found[0] == pytest.approx(first, abs=1e-9) and found[1] == pytest.approx(second, abs=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "wanted"), [("standardise", 0.0), ("clip", 3.0), ("min_max", 0.0)])
+def test_equal_rewards_and_missing_ones(shape, wanted):
+    found = run_of(shape, [[NAN, 3.0, 3.0], [NAN]])
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor([NAN, wanted, wanted]), equal_nan=True)
+    assert found[1][0] != found[1][0]
+
+
+def test_tokens_beyond_the_valid_length_cost():
+    """K8's lengths 3 4 2 1 2 4 3 1: beyond 2 each token takes half a point."""
+    found = LengthPenalty(2, 0.5)(k8_rows(), Stats()).reward[:, 0] - k8_rows().reward[:, 0]
+    assert found.tolist() == [-0.5, -1.0, 0, 0, 0, -1.0, -0.5, 0]
+
+
+@pytest.mark.parametrize("shape", recipe_named("par").choices("shape"))
+def test_every_shape_is_a_recipe(shape):
+    """Each trains, and the group's best stays the best."""
+    method = recipe_named("par")(shape=shape, references=0, num_generations=4, valid_length=2)
+    rows = rows_for(method)
+    prepared = outcome(method, rows).rows
+    assert bool(prepared.reward[~prepared.reward.isnan()].isfinite().all()) and not prepared.advantage[2].any()
+    assert (method.claim is None) and list(method.transforms)[1] == "length"
 
 
 @pytest.mark.parametrize("shape", ["sigmoid", "tanh", "log_sigmoid", "centred"])
@@ -220,6 +299,11 @@ def test_low_precision(part, dtype):
         (lambda: Unlikeliness(1.5), "penalty"),
         (lambda: PreferenceAsReward(0.0), "k must be positive"),
         (lambda: PreferenceAsReward(shape="step"), "shape"),
+        (lambda: PreferenceAsReward(references=-1), "references"),
+        (lambda: RunningReward("step"), "shape"),
+        (lambda: LengthPenalty(-1), "valid_length"),
+        (lambda: LengthPenalty(1, -1.0), "per_token"),
+        (lambda: recipe_named("par").make(references=0, num_generations=1), "num_generations"),
         (lambda: PhaseEntropy(alpha=-1.0), "alpha"),
         (lambda: PhaseEntropy(coef=-1.0), "coef"),
     ],

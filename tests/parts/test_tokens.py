@@ -13,6 +13,7 @@ from keel.core.rows import Rows
 from keel.evaluate.entropy_law import fit_entropy_law
 from keel.exact.space import SequenceSpace
 from keel.parts.advantages.entropy import EntropyPenalty, TokenGroupScale
+from keel.parts.controllers.temperature import EntropyScale
 from keel.parts.masks.covariance import HighCovariance, covariance
 from keel.parts.masks.rarity import RareTokens
 from keel.parts.terms.heterogeneous import HeterogeneousClip, entropy_score
@@ -23,6 +24,7 @@ from keel.parts.weights.covariance import ClipCov
 from keel.parts.weights.entropy_change import EntropyChange, entropy_change
 from keel.parts.weights.trajectory import ConflictWeight
 from keel.recipes.registry import recipe_named
+from keel.rollouts.adaptive import AdaptiveTemperature
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import Entropy, LogProb
 from keel.statistics.stats import Stats
@@ -337,6 +339,35 @@ def test_scores_ranges_and_advantages():
     rho = torch.tensor([[1.0, 1.0, 1.15, 1.0, 1.3, 1.0]]).double()
     found = part.scaled(torch.ones(1, 6).double(), rho, score)
     assert found[0].tolist() == pytest.approx([0, 0.25, 1, 0.75, 1, 1])
+
+
+def test_temperatures_of_tokens():
+    """By the scale of the same entropies; those beyond it have the temperature of its ends."""
+    ids = torch.zeros(1, 6, dtype=torch.long)
+    rows = Rows.build(ids, ids == 0, ids, ids == 0)
+    part, metrics = EntropyScale(), {}
+    assert part.update(metrics, part.init(), 0)[0] == {}
+    part.observe(rows, Stats({Entropy(of=("old",)): torch.tensor([H]).double()}), metrics, part.init())
+    method = recipe_named("hapo")()
+    for path, value in part.update(metrics, part.init(), 1)[0].items():
+        method = method.set(path, value)
+    found = method.rollout.adaptive.factor(torch.tensor([*H, 1e-9, 0.0, 5.0]).double())
+    assert found.tolist() == pytest.approx([0.95, 0.9625, 0.975, 0.9875, 1, 1.05, 0.95, 0.95, 1.05], abs=1e-12)
+    logits = torch.tensor([[0.0, 1.3, -0.4], [0.0, 0.0, -40.0]]).double()
+    p = logits.softmax(-1)[0]
+    first = -float((p * p.log()).sum())
+    heat = 1 + 0.05 * math.log(first / 0.8) / (math.log(2) if first > 0.8 else math.log(16))
+    second = 1 + 0.05 * math.log(math.log(2) / 0.8) / math.log(16)
+    wanted = logits / torch.tensor([[heat], [second]], dtype=torch.float64)
+    torch.testing.assert_close(method.rollout.adaptive(logits), wanted, rtol=0, atol=1e-7)
+    masked = logits.masked_fill(torch.tensor([[False, False, True]] * 2), -math.inf)
+    assert bool(method.rollout.adaptive(masked)[:, :2].isfinite().all())
+    with pytest.raises(ValueError, match="tau"):
+        AdaptiveTemperature(1.0)
+    with pytest.raises(ValueError, match="low"):
+        AdaptiveTemperature(low=-0.1)
+    with pytest.raises(ValueError, match="quantile"):
+        EntropyScale(1.1)
 
 
 def test_equal_entropies_score_zero():

@@ -8,7 +8,11 @@ import torch
 from keel.models.load import checksum, load
 from keel.recipes.registry import recipes
 
-SETTINGS = {"dapo": {"rollout.num_generations": 4}, "rloo": {"num_generations": 4}}
+SETTINGS = {
+    "dapo": {"rollout.num_generations": 4},
+    "rloo": {"num_generations": 4},
+    "oreal": {"train.critic_warmup_steps": 1},
+}
 
 
 def length(completions, **_):

@@ -181,6 +181,7 @@ def policy(base):
 def session(policy, task, method, reward=digits, seed=0):
     return SimpleNamespace(
         method=method,
+        task=None,
         config=SimpleNamespace(seed=seed),
         encoder=Encoder(policy),
         generator=LocalGenerator(policy),

@@ -1,14 +1,16 @@
 """Heads that a method owns."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from keel.core.choice import generator
+from keel.core.errors import ConfigError
 from keel.core.policy import PolicyModel
 from keel.core.registry import part
 from keel.core.rows import Rows
@@ -72,6 +74,52 @@ class Critic:
         for weight in body.module.parameters():
             weight.requires_grad_(True)
         return CriticModel(body, head)
+
+
+@part("slow_copy", paper=12)
+@dataclass(frozen=True)
+class SlowCopy:
+    """A head that follows another: theta_slow <- theta_slow + rate (theta - theta_slow), once a batch.
+
+    Args:
+        of: name of the head that it follows.
+        rate: Polyak's; 1 is a copy of the last batch.
+        critic: what that head is.
+
+    Raises:
+        ValueError: rate outside (0, 1].
+    """
+
+    of: str
+    rate: float = 0.05
+    critic: Critic = Critic()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"rate must be in (0, 1], not {self.rate}")
+
+    def build(self, policy: PolicyModel, seed: int) -> nn.Module:
+        """The module, without gradient; `follow` gives it its first weights."""
+        return self.critic.build(policy, seed).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(specs: Mapping[str, Any], heads: Mapping[str, nn.Module], first: bool = False) -> None:
+    """Move every slow copy towards its head; at the `first` time, onto it.
+
+    Raises:
+        ConfigError: there is no such head, or it is of another kind.
+    """
+    for name, spec in specs.items():
+        if not isinstance(spec, SlowCopy):
+            continue
+        if spec.of not in heads:
+            raise ConfigError(f"there is no head '{spec.of}'", f"heads.{name}.of", f"Heads: {', '.join(heads)}.")
+        own, live = (dict(heads[n].named_parameters()) for n in (name, spec.of))
+        if own.keys() != live.keys():
+            raise ConfigError(f"it is no copy of '{spec.of}'", f"heads.{name}.critic", "Give it that head's settings.")
+        for key, weight in own.items():
+            weight.lerp_(live[key].to(weight), 1.0 if first else spec.rate)
 
 
 def _width(policy: PolicyModel) -> int:

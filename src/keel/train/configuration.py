@@ -330,7 +330,10 @@ def _preset(known: Recipe | None, task: Task | None, model: ModelSettings) -> di
     """The recipe's training preset, and the task's for the built-in model."""
     preset = dict(known.preset) if known is not None else {}
     if task is not None and model.path == TINY:
+        own, heads = (preset.get(f"train.{name}learning_rate") for name in ("", "critic_"))
         preset.update(task.preset)
+        if own and heads and "train.learning_rate" in task.preset:  # the heads keep their distance from the policy
+            preset["train.critic_learning_rate"] = heads * (task.preset["train.learning_rate"] / own)
     return preset
 
 

@@ -13,10 +13,11 @@ from keel.models.language import LanguageModel
 from keel.models.load import load, merged, save
 from keel.tasks.task import Task
 from keel.train.encode import Encoder
+from keel.train.episodes import evaluation_limits
 from keel.train.lifecycle import Run, execute
 from keel.train.measure import measure_against, measure_policy
 from keel.train.progress import default_reporter
-from keel.train.session import Reporter, reward_functions, silent
+from keel.train.session import Reporter, hidden_functions, reward_functions, silent
 from keel.train.settings import EvaluateSettings, TaskSettings, parse
 from keel.train.setup import named_rewards, open_model, open_task, prepare_setup, run_checkpoint
 
@@ -128,9 +129,13 @@ def evaluate(
         )
     policy = open_model(model, opened, tokenizer, device, report)
     other = None if reference is None else open_model(reference, opened, None, device, report)
+    hidden = hidden_functions(TaskSettings(name=opened.name), opened, functions)
+    length = chosen.max_completion_length or opened.max_completion_length
     known: dict[str, Any] = {
+        "hidden": hidden,
+        "limits": evaluation_limits(opened, None, policy.context_length, length),
         "encoder": Encoder(policy),
-        "max_completion_length": chosen.max_completion_length or opened.max_completion_length,
+        "max_completion_length": length,
         "seed": counter_seed(seed, "evaluate"),
         "progress": lambda done, total: report("progress", {"done": done, "total": total}),
     }
@@ -139,7 +144,7 @@ def evaluate(
             return measure_against(policy, other, opened, functions, chosen, classes=support, **known)
         return measure_policy(policy, opened, functions, chosen, reference=other, **known)
     finally:
-        for function in functions.values():
+        for function in (*functions.values(), *hidden.values()):
             if (close := getattr(function, "close", None)) is not None:
                 close()
 

@@ -33,11 +33,13 @@ from keel.train.checkpoint import (
     write_text,
 )
 from keel.train.configuration import Configuration, differences, read_file
+from keel.train.episodes import evaluation_limits
 from keel.train.measure import measure_policy
 from keel.train.online import run
 from keel.train.session import Reporter, Session, build_session, reward_functions, silent
 from keel.train.setup import IN_MEMORY, Setup, load_model
 from keel.train.tracking import check_trackers, tracked
+from keel.train.watch import Watch
 
 
 class Stopped(KeelError):
@@ -171,6 +173,7 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
     if checkpoint is not None:
         restore(session, checkpoint)
     store.rewind(session.run_id, session.position.step)
+    session.watch = Watch(config.to_dict(), store.metrics(session.run_id))
     return session
 
 
@@ -232,6 +235,8 @@ def _measure(session: Session, setup: Setup, phase: str, report: Reporter) -> Ev
         generator=config.train.generator,
         max_tokens=session.engine.max_tokens,
         progress=progress,
+        hidden=session.hidden,
+        limits=evaluation_limits(session.task, rollout, session.policy.context_length, length),
     )
     assert session.store is not None and session.run_id is not None
     session.store.log_evaluation(session.run_id, session.position.step, phase, evaluation.to_json())

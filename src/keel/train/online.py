@@ -20,17 +20,33 @@ from torch import Tensor
 from keel.core.aggregate import Groups
 from keel.core.choice import generator
 from keel.core.errors import DataError, TrainingError
-from keel.core.rows import Rows, cat
+from keel.core.rows import Rows, Stream, cat
+from keel.models.heads import follow
 from keel.models.load import frozen_copy, is_out_of_memory, out_of_memory
 from keel.parts.rewards.score import score
+from keel.rollouts.episodes import Played
 from keel.statistics.functionals import Entropy, Functional, LogProb
 from keel.statistics.stats import Stats
+from keel.tasks.environment import InteractiveTask
 from keel.tasks.task import Example, Text
 from keel.train.checkpoint import keep_batch, save_checkpoint
-from keel.train.encode import supervised_rows
-from keel.train.observe import batch_metrics, rollout_metrics, sampled_log_prob, stored_rollouts, update_metrics
+from keel.train.encode import Truncated, demonstration_rows, supervised_rows
+from keel.train.episodes import demonstrations
+from keel.train.observe import (
+    HIDDEN,
+    batch_metrics,
+    rollout_metrics,
+    sampled_log_probs,
+    stored_rollouts,
+    update_metrics,
+)
+from keel.train.preview import step_within
+from keel.train.references import with_references
+from keel.train.replay import begin, beside, left, remember
 from keel.train.session import Session
-from keel.train.strategies import distinct, draw_rows, tokens_drawn
+from keel.train.strategies import Judge, distinct, draw_rows, tokens_drawn
+from keel.train.symptoms import ratio_metrics
+from keel.train.watch import Watch
 
 PATIENCE = 3  # skipped updates in a row that end a run
 
@@ -44,6 +60,9 @@ class Batch:
     metrics: dict[str, float]
     texts: list[tuple[Text, str]] = field(default_factory=list)  # prompt and completion of each row
     seen: tuple[Tensor, Stats] | None = None  # rows of the first update, and its statistics
+    by_token: dict[str, Tensor] = field(default_factory=dict)  # what it did to each token, on steps that are stored
+    fresh: Rows | None = None  # the rows that were drawn, as they were scored
+    replayed: dict[str, Tensor] = field(default_factory=dict)  # groups of each memory that stand beside them
 
 
 def run(session: Session) -> None:
@@ -54,6 +73,7 @@ def run(session: Session) -> None:
     """
     train = session.config.train
     started = time.monotonic() - session.position.seconds
+    begin(session)
     while session.position.step < train.max_steps and not session.stopping():
         begun = time.monotonic()
         session.begin_step()
@@ -84,12 +104,13 @@ def prepare(session: Session) -> Batch:
     """Rows with advantages, and the frozen statistics."""
     online = session.method.kind == "online"
     batch = rollout_batch(session) if online else prepare_supervised(session)
-    rows = batch.rows.to(session.policy.device)
+    fresh = batch.rows.to(session.policy.device)
+    rows, replayed, more = beside(session, fresh)
     needs = session.method.frozen_needs(session.several_updates)
     frozen = session.engine.measure(needs, rows, alias={"old": "policy"})
     rows = session.method.prepare(rows, frozen, session.states) if online else rows
     _keep_old_weights(session)
-    return Batch(rows, frozen, batch.metrics, batch.texts)
+    return Batch(rows, frozen, batch.metrics | more, batch.texts, fresh=fresh, replayed=replayed)
 
 
 def rollout_batch(session: Session) -> Batch:
@@ -99,7 +120,7 @@ def rollout_batch(session: Session) -> Batch:
     found: list[Rows] = []
     texts: list[tuple[Text, str]] = []
     metrics: dict[str, float] = {}
-    groups = rounds = 0
+    groups = rounds = used = 0  # `used` counts the groups of candidates, too
     while groups < rollout.num_prompts and rounds < train.max_rounds:
         rounds += 1
         examples = next_examples(session, rollout.num_prompts - groups)
@@ -108,11 +129,12 @@ def rollout_batch(session: Session) -> Batch:
         keep = ~failed
         if train.dynamic_sampling:
             keep &= ~tied_rows(rows)
-        if bool(keep.any()):
+        if bool((keep & rows.main).any()):
             kept = rows.select(keep)
-            found.append(kept.with_(group=kept.group + groups))
+            ids, place = kept.group.unique(return_inverse=True)
+            found.append(kept.with_(group=place + used))
             texts += [said[i] for i in keep.nonzero().flatten().tolist()]
-            groups += len(kept.group.unique())
+            groups, used = groups + len(kept.group[kept.main].unique()), used + len(ids)
         if not train.dynamic_sampling and not bool(failed.any()):
             break
     if not found:
@@ -141,9 +163,10 @@ def score_round(
     rows, judge = draw_rows(session, examples, step, distinct([example.index for example in examples]))
     judged = 0.0 if judge is None else judge.seconds
     spent = time.monotonic() - begun - judged
-    owners = [examples[i] for i in rows.group.tolist()]
+    owners = [examples[i % len(examples)] for i in rows.group.tolist()]  # groups of candidates follow all others
     tokens = [row[mask].tolist() for row, mask in zip(rows.tokens.cpu(), rows.mask.cpu(), strict=True)]
-    texts = [encoder.decode(t) for t in tokens]
+    shown = zip(rows.tokens.cpu(), rows.present.cpu(), strict=True)  # with what an environment said
+    texts = [encoder.decode(row[present].tolist()) for row, present in shown]
     replies: list[Text] = [
         text if isinstance(e.prompt, str) else [{"role": "assistant", "content": text}]
         for text, e in zip(texts, owners, strict=True)
@@ -151,8 +174,10 @@ def score_round(
     columns = {
         key: [e.columns.get(key) for e in owners] for key in dict.fromkeys(k for e in examples for k in e.columns)
     }
+    if isinstance(judge, Played):
+        replies, columns = judge.replies, columns | judge.columns
     begun = time.monotonic()
-    if judge is None:
+    if not isinstance(judge, Judge):
         scores = score(session.rewards, [e.prompt for e in owners], replies, tokens, columns, rows.group)
     else:
         scores = judge.scores(rows.group.tolist(), tokens)
@@ -168,6 +193,12 @@ def score_round(
     values = scores.values.to(rows.device)
     named = {f"rewards/{name}": values[:, k] for k, name in enumerate(scores.names)}
     rows = rows.with_(reward=values, data_index=own, columns={**rows.columns, **named})
+    rows = with_references(session, rows, examples)
+    if session.hidden:  # scored after the rewards, and kept where no part looks
+        found = score(session.hidden, [e.prompt for e in owners], replies, tokens, columns, rows.group)
+        measured = {f"{HIDDEN}{name}": found.values[:, k].to(rows.device) for k, name in enumerate(found.names)}
+        rows = rows.with_(columns={**rows.columns, **measured})
+        metrics |= {f"{HIDDEN}{name}/errors": float(errors) for name, errors in found.errors.items()}
     said: list[tuple[Text, str]] = [(e.prompt, text) for e, text in zip(owners, texts, strict=True)]
     return rows, said, scores.failed.to(rows.device), metrics
 
@@ -177,11 +208,15 @@ def next_examples(session: Session, count: int) -> list[Example]:
     examples, size = session.task.train, len(session.task.train)
     if not size:
         raise DataError("there are no examples to train on", session.task.name)
-    out = []
-    for place in range(session.position.drawn, session.position.drawn + count):
-        epoch, i = divmod(place, size)
-        out.append(examples[_order(session, size, epoch)[i]])
-    session.position.drawn += count
+    gone = left(session)
+    if len(gone) >= size:
+        raise TrainingError("every prompt has left the ones to train on", session.task.name, "Set leave=false.")
+    out: list[Example] = []
+    while len(out) < count:
+        epoch, i = divmod(session.position.drawn, size)
+        example = examples[_order(session, size, epoch)[i]]
+        out += [] if example.index in gone else [example]
+        session.position.drawn += 1
     return out
 
 
@@ -193,17 +228,24 @@ def _order(session: Session, size: int, epoch: int) -> list[int]:
 
 
 def tied_rows(rows: Rows) -> Tensor:
-    """Rows of groups whose main rows all have the same rewards."""
+    """Rows of groups whose main rows all have the same rewards; a group without any is none of these."""
     assert rows.reward is not None
     total = torch.nansum(rows.reward, 1)
     groups = Groups.of(rows)
-    return groups.broadcast(groups.tied(total))
+    return groups.broadcast(groups.tied(total) & (groups.sum(groups.weight) > 0))
 
 
 def prepare_supervised(session: Session) -> Batch:
     """The next rows of given completions; those of the task's own solutions where it can make them."""
     train, position = session.config.train, session.position
     examples = next_examples(session, train.batch_size)
+    limit = train.max_length or session.policy.context_length
+    if isinstance(session.task, InteractiveTask):
+        shown = demonstrations(session.task, examples, position.drawn - len(examples))
+        known = (session.task.turn_ends, limit, session.config.seed, position.step)
+        rows, cut = demonstration_rows(examples, shown, session.encoder, *known)
+        texts = [(e.prompt, "".join(text for text, _ in pieces)) for e, pieces in zip(examples, shown, strict=True)]
+        return _given(session, rows, cut, texts)
     completions: list[Text] = []
     for i, example in enumerate(examples):
         text = example.completion if example.completion is not None else None
@@ -216,20 +258,24 @@ def prepare_supervised(session: Session) -> Batch:
                 "Give `prompt` and `completion`, or `messages` that end with the assistant's.",
             )
         completions.append(text)
-    limit = train.max_length or session.policy.context_length
     rows, cut = supervised_rows(examples, completions, session.encoder, limit, session.config.seed, position.step)
+    texts = [
+        (e.prompt, c if isinstance(c, str) else str(c[-1]["content"]))
+        for e, c in zip(examples, completions, strict=True)
+    ]
+    return _given(session, rows, cut, texts)
+
+
+def _given(session: Session, rows: Rows, cut: Truncated, texts: list[tuple[Text, str]]) -> Batch:
+    """A batch of rows that were not drawn."""
     if not bool(rows.mask.any()):
         raise DataError("no completion has a token to learn from", session.task.name, "Raise train.max_length.")
-    position.tokens += int(rows.mask.sum())
+    session.position.tokens += int(rows.mask.sum())
     metrics = {
         "truncated/prompts": float(cut.prompts),
         "truncated/completions": float(cut.completions),
         "completions/mean_length": float(rows.lengths.float().mean()),
     }
-    texts = [
-        (e.prompt, c if isinstance(c, str) else str(c[-1]["content"]))
-        for e, c in zip(examples, completions, strict=True)
-    ]
     return Batch(rows, Stats(), metrics, texts)
 
 
@@ -242,6 +288,7 @@ def update(session: Session, batch: Batch) -> dict[str, float]:
     first: dict[str, float] = {}
     norms: list[float] = []
     losses: list[float] = []
+    scales: list[float] = []
     number = 0
     for iteration in range(train.num_iterations):
         for index in minibatches(session, batch.rows, iteration):
@@ -253,36 +300,59 @@ def update(session: Session, batch: Batch) -> dict[str, float]:
                     rows,
                     frozen,
                     lambda r, s: method.loss(r, method.with_old(s), session.states),
-                    additive=method.additive,
+                    additive=method.splits(rows),
                     counter=counter,
                 )
+            if session.heads and session.position.step < train.critic_warmup_steps:
+                session.optimiser.hold_policy()
             norm = session.optimiser.gradient_norm()
             learning_rate = session.optimiser.learning_rate
             if _finite(session, loss, norm, rows, stats):
-                session.optimiser.step(norm)
+                scale = step_within(session, rows, norm)
                 norms.append(float(norm))
                 losses.append(float(loss))
+                scales.append(scale)
             session.optimiser.zero_grad()
             if not first:
                 batch.seen = (index, stats)
                 first = update_metrics(session, rows, method.with_old(stats)) | {"learning_rate": learning_rate}
+                if logs_completions(session, batch, session.position.step + 1):
+                    batch.by_token = method.by_token(rows, method.with_old(stats), session.states)
             number += 1
+    if method.surrogate is not None:
+        first |= last_ratios(session, rows, method.with_old(stats))
+    if min(scales, default=1.0) < 1:
+        first["updates/scale"] = sum(scales) / len(scales)
     if norms:
         first |= {"grad_norm": sum(norms) / len(norms), "loss": sum(losses) / len(losses)}
     return first | {"updates/skipped": float(number - len(norms))}
 
 
+@torch.no_grad()
+def last_ratios(session: Session, rows: Rows, stats: Stats) -> dict[str, float]:
+    """How far the last update of a batch is from the policy that drew it."""
+    assert session.method.surrogate is not None
+    found = ratio_metrics(rows, session.method.surrogate.log_ratio(rows, stats))
+    return {name: float(value) for name, value in found.items()}
+
+
 def minibatches(session: Session, rows: Rows, iteration: int) -> list[Tensor]:
-    """Rows of each optimiser step: whole groups, in an order that the seed decides; baseline rows are left out."""
+    """Rows of each optimiser step: whole groups, in an order that the seed decides; baseline rows are left out.
+
+    Replayed groups, and the rows of a regulariser, are spread evenly over the steps.
+    """
     train = session.config.train
-    main = rows.main.nonzero().flatten()
+    regular = (rows.stream == int(Stream.REGULARISER)).nonzero().flatten()
     if train.num_minibatches == 1:
-        return [main]
+        return [torch.cat([rows.main.nonzero().flatten(), regular])]
+    main, again = (rows.main & rows.fresh).nonzero().flatten(), (rows.main & ~rows.fresh).nonzero().flatten()
     ids = rows.group[main].unique()
     chance = generator(session.config.seed, "minibatches", session.position.step, iteration)
     order = ids[torch.randperm(len(ids), generator=chance).to(ids.device)]
     parts = order.chunk(min(train.num_minibatches, len(order)))
-    return [main[torch.isin(rows.group[main], part)] for part in parts]
+    mains = [main[torch.isin(rows.group[main], part)] for part in parts]
+    old = [again[torch.isin(rows.group[again], part)] for part in rows.group[again].unique().tensor_split(len(mains))]
+    return [torch.cat(all_) for all_ in zip(mains, old, regular.tensor_split(len(mains)), strict=True)]
 
 
 def live_functionals(session: Session, frozen: Stats) -> list[Functional]:
@@ -293,7 +363,7 @@ def live_functionals(session: Session, frozen: Stats) -> list[Functional]:
         if functional.of == ("old",) and functional not in frozen:
             needs[replace(functional, of=("policy",))] = None  # type: ignore[type-var]
     if method.kind == "online":
-        needs |= {Entropy(): None, LogProb(): None, sampled_log_prob(method): None}
+        needs |= dict.fromkeys([Entropy(), LogProb(), *sampled_log_probs(method)])
     return list(needs)
 
 
@@ -325,7 +395,8 @@ def _finite(session: Session, loss: Tensor, norm: Tensor, rows: Rows, stats: Sta
 def control(session: Session) -> None:
     """Controllers set their values, before the batch is drawn."""
     last = session.metrics[-1] if session.metrics else {}
-    for name, item in session.method.controllers.items():
+    for name in session.method.controllers:
+        item = session.method.controllers[name]  # as an earlier one has left it
         values, state = item.update(last, session.controller_states[name], session.position.step)
         session.controller_states[name] = state
         for path, value in values.items():
@@ -333,12 +404,18 @@ def control(session: Session) -> None:
 
 
 def observe(session: Session, batch: Batch, metrics: dict[str, float]) -> None:
-    """Parts with memory and moving models read what happened."""
+    """Parts with memory and moving models read what happened to the rows of this batch; the replay takes them in."""
+    index = batch.rows.fresh.nonzero().flatten()
+    whole = len(index) == len(batch.rows)
+    rows, frozen = (batch.rows, batch.frozen) if whole else (batch.rows.select(index), batch.frozen.select(index))
     for path, item in session.method.parts():
         if hasattr(item, "observe"):
-            session.states[path] = item.observe(batch.rows, batch.frozen, metrics, session.states[path])
+            session.states[path] = item.observe(rows, frozen, metrics, session.states[path])
+    if batch.fresh is not None:
+        remember(session, batch.fresh, batch.replayed, metrics)
     for source in session.sources.values():
         source.update(session.position.step)
+    follow(session.method.heads, session.heads)
 
 
 def record(session: Session, batch: Batch, metrics: dict[str, float]) -> None:
@@ -354,11 +431,21 @@ def record(session: Session, batch: Batch, metrics: dict[str, float]) -> None:
         shown = [batch.texts[0], batch.texts[-1]]
     if session.store is not None and session.run_id is not None:
         session.store.log_metrics(session.run_id, step, metrics)
-        if logged and session.method.kind == "online":
+        if logs_completions(session, batch, step):
             session.store.log_rollouts(
-                session.run_id, step, stored_rollouts(session, batch.rows, batch.texts, batch.seen)
+                session.run_id, step, stored_rollouts(session, batch.rows, batch.texts, batch.seen, batch.by_token)
             )
     session.report("step", {"step": step, "metrics": metrics, "completions": shown})
+    if session.watch is None:
+        session.watch = Watch(session.config.to_dict())
+    for finding in session.watch.step(step, metrics):
+        session.report("finding", {"step": step, "finding": finding, "text": f"step {step}: {finding.sentence}"})
+
+
+def logs_completions(session: Session, batch: Batch, step: int) -> bool:
+    """Whether completions of this step go to the store with their numbers per token."""
+    online = session.method.kind == "online" and session.store is not None and session.run_id is not None
+    return online and bool(batch.texts) and due(step, session.config.train.log_completions)
 
 
 def _keep_old_weights(session: Session) -> None:

@@ -76,6 +76,11 @@ class Optimiser:
         self.inner.step()
         self.count += 1
 
+    def hold_policy(self) -> None:
+        """Forget the policy's gradients: the next update is of the heads alone, and leaves no trace in its moments."""
+        for parameter in self.inner.param_groups[0]["params"]:
+            parameter.grad = None
+
     def zero_grad(self) -> None:
         """Forget the gradients."""
         self.inner.zero_grad(set_to_none=True)

@@ -12,23 +12,30 @@ from keel.core.choice import counter_seed
 from keel.core.errors import ConfigError, UserError
 from keel.core.policy import PolicyModel
 from keel.method import Method, States
+from keel.models.heads import follow
 from keel.models.language import LanguageModel
 from keel.models.sources import SourceModel, build
 from keel.parts.rewards.functions import check_columns
+from keel.parts.rewards.turns import ENVIRONMENT, environment_reward
 from keel.parts.rewards.worker import isolate
 from keel.rollouts.choose import choose_generator
+from keel.rollouts.episodes import COLUMNS
 from keel.rollouts.sampling import Generator
 from keel.statistics.engine import Engine
 from keel.store.store import Store
-from keel.tasks.task import RewardFunction, Task
+from keel.tasks.environment import InteractiveTask
+from keel.tasks.task import RewardFunction, Task, hidden_rewards
 from keel.train.configuration import Configuration
 from keel.train.encode import Encoder
+from keel.train.episodes import check_episodes
 from keel.train.optimiser import Optimiser
-from keel.train.settings import TaskSettings, micro_batch_tokens
+from keel.train.settings import TaskSettings, TrainSettings, micro_batch_tokens
 from keel.train.strategies import check_strategy
+from keel.train.watch import Watch
 
 Reporter = Callable[[str, Mapping[str, Any]], None]
-TRUSTED = ("countdown",)  # verifiers of Keel's own that cannot hang run in the process itself
+# Verifiers of Keel's own that cannot hang run in the process itself.
+TRUSTED = ("countdown", "sparse", "saturated", "proxy")
 
 
 def silent(event: str, facts: Mapping[str, Any]) -> None:
@@ -65,6 +72,7 @@ class Session:
     encoder: Encoder
     generator: Generator
     rewards: dict[str, RewardFunction]
+    hidden: dict[str, RewardFunction]  # measured and recorded, never part of a loss
     sources: dict[str, SourceModel]
     heads: dict[str, nn.Module]
     engine: Engine
@@ -80,6 +88,7 @@ class Session:
     stopping: Callable[[], bool] = lambda: False
     measure: Callable[[str], Any] | None = None  # evaluates on held-out prompts, in a phase of that name
     trackers: list[Callable[[Mapping[str, float], int], None]] = field(default_factory=list)
+    watch: Watch | None = None  # the diagnosis while the run goes on
     order: tuple[int, list[int]] | None = None  # the order of the examples in the current pass
     begun: tuple[Position, dict[str, Any]] | None = None  # what the step in progress may have changed before its update
 
@@ -100,7 +109,7 @@ class Session:
 
     def close(self) -> None:
         """End the reward workers."""
-        for function in self.rewards.values():
+        for function in (*self.rewards.values(), *self.hidden.values()):
             close = getattr(function, "close", None)
             if close is not None:
                 close()
@@ -130,6 +139,7 @@ def build_session(
     functions = _rewards(config, task, rewards) if method.kind == "online" else {}
     sources = {name: build(source, policy, initial) for name, source in method.models.items()}
     heads = {name: spec.build(policy, counter_seed(config.seed, name)) for name, spec in method.heads.items()}
+    follow(method.heads, heads, first=True)
     models: dict[str, PolicyModel] = {"policy": policy, **sources}
     engine = Engine(
         models,
@@ -145,8 +155,10 @@ def build_session(
     }
     updates = train.max_steps * train.num_minibatches * train.num_iterations
     _check_context(config, policy)
+    _check_warmup(train, heads)
     drawing = choose_generator(policy, train.generator)
     check_strategy(method, drawing)
+    check_episodes(method, task)
     return Session(
         config=config,
         method=method,
@@ -155,6 +167,7 @@ def build_session(
         encoder=Encoder(policy, None if rollout is None else rollout.max_prompt_length, config.task.system_prompt),
         generator=drawing,
         rewards=functions,
+        hidden=hidden_functions(config.task, task, functions),
         sources=sources,
         heads=heads,
         engine=engine,
@@ -168,10 +181,19 @@ def reward_functions(
     settings: TaskSettings, task: Task, given: Mapping[str, Any] | None, method_rewards: Mapping[str, Any] | None = None
 ) -> dict[str, RewardFunction]:
     """The reward functions of a run, under their time limits: those given, those of the configuration, the method's own
-    (its slot `rewards`), or the task's; none is not an error here.
+    (its slot `rewards`), or the task's; none is not an error here. On a task of several turns the environment's reward
+    comes before them.
+
+    Raises:
+        ConfigError: a function has the name of the environment's reward.
     """
     timeout = settings.reward_timeout
     named = dict(given or {}) or {_short(reward): reward for reward in settings.rewards} or dict(method_rewards or {})
+    if isinstance(task, InteractiveTask):
+        beside = named or task.rewards
+        if ENVIRONMENT in beside:
+            raise ConfigError(f"'{ENVIRONMENT}' is the environment's own reward", "reward", "Give another name.")
+        return {ENVIRONMENT: environment_reward} | {name: isolate(f, timeout) for name, f in beside.items()}
     if named:
         return {name: isolate(reward, timeout) for name, reward in named.items()}
     if task.rewards:
@@ -180,6 +202,21 @@ def reward_functions(
     if len(task.train) and "answer" in task.train[0].columns:
         return {"math_verify": isolate("keel.parts.rewards.functions:MathVerify", timeout)}
     return {}
+
+
+def hidden_functions(settings: TaskSettings, task: Task, rewards: Mapping[str, Any]) -> dict[str, RewardFunction]:
+    """The functions that are measured only, under their time limits: those of the configuration, or the task's.
+
+    Raises:
+        ConfigError: one has the name of a reward.
+    """
+    timeout = settings.reward_timeout
+    named: Mapping[str, Any] = {_short(function): function for function in settings.hidden} or hidden_rewards(task)
+    for name in named:
+        if name in rewards:
+            raise ConfigError(f"'{name}' is a reward and hidden, too", "task.hidden", "Give one of them another name.")
+    trusted = not settings.hidden and task.name in TRUSTED
+    return {name: function if trusted else isolate(function, timeout) for name, function in named.items()}
 
 
 def _rewards(config: Configuration, task: Task, given: Mapping[str, Any] | None) -> dict[str, RewardFunction]:
@@ -191,6 +228,7 @@ def _rewards(config: Configuration, task: Task, given: Mapping[str, Any] | None)
             "Give --reward module:function, reward=callable in Python, or an `answer` column.",
         )
     columns = set(task.train[0].columns) if len(task.train) else set()
+    columns |= set(COLUMNS) if isinstance(task, InteractiveTask) else set()
     for name, target in (given or {}).items():
         if callable(target):
             check_columns(name, target, columns)
@@ -199,6 +237,15 @@ def _rewards(config: Configuration, task: Task, given: Mapping[str, Any] | None)
 
 def _short(reward: str) -> str:
     return reward.rsplit(":", 1)[-1]
+
+
+def _check_warmup(train: TrainSettings, heads: Mapping[str, nn.Module]) -> None:
+    if heads and train.critic_warmup_steps >= train.max_steps:
+        raise ConfigError(
+            f"{train.critic_warmup_steps} batches for the heads alone leave none of {train.max_steps} for the policy",
+            "train.critic_warmup_steps",
+            "Lower it, or raise train.max_steps.",
+        )
 
 
 def _check_context(config: Configuration, policy: LanguageModel) -> None:

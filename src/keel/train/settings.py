@@ -44,11 +44,14 @@ class TaskSettings(Section):
     """Where prompts and rewards come from.
 
     Args:
-        name: a built-in task or a reasoning-gym data set; None with `data`.
+        name: a built-in task, a reasoning-gym data set, `verifiers:ID`, or one's own as `file.py:NAME`; None with
+            `data`.
         options: of the task.
         data: path of a JSONL or Parquet file or a saved data set.
         held_out: share of the data that is held out, or a path of its own.
         rewards: functions as `module:function`; they replace the task's own.
+        hidden: functions as `module:function` that are measured and recorded like rewards and enter no loss; they
+            replace the task's own.
         reward_timeout: seconds for one call.
         system_prompt: put before every prompt, for models with a chat template.
     """
@@ -58,6 +61,7 @@ class TaskSettings(Section):
     data: str | None = None
     held_out: float | str = 0.05
     rewards: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
     reward_timeout: float = Field(60.0, gt=0)
     system_prompt: str | None = None
 
@@ -69,6 +73,7 @@ class TrainSettings(Section):
         max_steps: batches.
         learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
         critic_learning_rate: of the heads; None takes the policy's.
+        critic_warmup_steps: first batches, of which the heads alone learn; a method without heads has none.
         lr_scheduler: constant, linear or cosine, after `warmup_steps` of linear warm-up.
         lr_final: share of the learning rate at the end of a schedule.
         max_grad_norm: gradients are scaled down to this norm; None is off.
@@ -93,6 +98,7 @@ class TrainSettings(Section):
     max_steps: int = Field(100, ge=1)
     learning_rate: float = Field(1e-6, ge=0, le=1e6)
     critic_learning_rate: float | None = Field(None, ge=0, le=1e6)
+    critic_warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)

@@ -151,8 +151,10 @@ def _with_default_task(config: Configuration) -> Configuration:
 
 
 def _base_task(task: Task) -> Task:
-    """On what the built-in model was trained: the task itself, or countdown for one's own data."""
-    return load_task(DEFAULT_TASK) if isinstance(task, DataTask) else task
+    """On what the built-in model was trained: the task itself, the one it names, or countdown for one's own data."""
+    if isinstance(task, DataTask):
+        return load_task(DEFAULT_TASK)
+    return task.base_task() if hasattr(task, "base_task") else task
 
 
 def named_rewards(reward: Any) -> tuple[tuple[str, ...], dict[str, Any] | None]:

@@ -1,6 +1,7 @@
 """How the rows of a round are drawn: independently, or by a sampler.
 
     independent    G completions of each prompt, each of weight 1
+    extra          beside them, a further group of candidates for some prompts, at another temperature
     particles      one run of the sampler for each prompt: its N = G particles with weight N W_i
     picks          G runs for each prompt: the output of each, of weight 1
 
@@ -36,15 +37,18 @@ from keel.parts.rewards.transforms import WeightedSum
 from keel.parts.weights.prefix import BranchCorrection, PrefixWeight
 from keel.rollouts.chain import LocalChain
 from keel.rollouts.decoding import Prompts
+from keel.rollouts.episodes import Played
 from keel.rollouts.local import LocalGenerator
 from keel.rollouts.rollout import Rollout
 from keel.rollouts.sampling import Generator, Sampling
 from keel.sampling.catalogue import tilt_of
 from keel.sampling.forest import rows_of
 from keel.sampling.particles import Particles
+from keel.tasks.environment import InteractiveTask
 from keel.tasks.task import Example, RewardFunction, Text
 from keel.train.draws import reply
 from keel.train.encode import Encoder
+from keel.train.episodes import draw_episodes
 
 if TYPE_CHECKING:
     from keel.train.session import Session
@@ -56,8 +60,8 @@ COST = "rollout/tokens_per_row"
 
 def draw_rows(
     session: "Session", examples: Sequence[Example], step: int, index: Sequence[int]
-) -> tuple[Rows, "Judge | None"]:
-    """The rows of a round without rewards, and who has judged them already, if a sampler drew them.
+) -> tuple[Rows, "Judge | Played | None"]:
+    """The rows of a round without rewards, and who has judged them already, if a sampler drew them, or the episodes.
 
     Args:
         session: whose method, policy and rewards; with the seed of the run, the randomness depends on `step` and
@@ -68,6 +72,9 @@ def draw_rows(
     """
     rollout = session.method.rollout
     assert rollout is not None
+    if isinstance(session.task, InteractiveTask):
+        played = draw_episodes(session, examples, step, index)
+        return played.rows, played
     ids = [session.encoder.prompt(example.prompt) for example in examples]
     if rollout.sampler is not None:
         return _sampled(session, rollout, ids, examples, step, index)
@@ -80,15 +87,44 @@ def draw_rows(
         row = row_ids(session.config.seed, step, greedy.data_index, sample)
         greedy = greedy.with_(stream=torch.full_like(greedy.stream, int(Stream.BASELINE)), row=row)
         rows = cat([rows, greedy])
-    return rows, None
+    return (rows if rollout.extra is None else _with_extra(session, rollout, rows, ids, step, index)), None
+
+
+def _with_extra(
+    session: "Session", rollout: Rollout, rows: Rows, ids: list[list[int]], step: int, index: Sequence[int]
+) -> Rows:
+    """The rows and, as groups that follow theirs in number, candidates for the first prompts at another temperature."""
+    assert rollout.extra is not None
+    heat = torch.full_like(rows.weight, rollout.temperature)
+    parts = [rows.with_(columns={**rows.columns, "temperature": heat})]
+    if count := rollout.extra.count(len(ids)):
+        sampling = replace(rollout.sampling, temperature=rollout.extra.temperature)
+        known: dict[str, Any] = {"seed": counter_seed(session.config.seed, "extra"), "step": step}
+        more = session.generator.generate(
+            ids[:count], rollout.num_generations, sampling, data_index=index[:count], **known
+        )
+        stream = torch.full_like(more.stream, int(Stream.CANDIDATE))
+        heat = torch.full_like(more.weight, rollout.extra.temperature)
+        columns = {**more.columns, "temperature": heat}
+        parts.append(more.with_(group=more.group + len(ids), stream=stream, columns=columns))
+    return cat(parts)
 
 
 def check_strategy(method: Method, generator: Generator) -> None:
-    """Refuse a sampler on a generator that cannot serve it.
+    """Refuse a sampler, or temperatures of single tokens, on a generator that cannot serve it.
 
     Raises:
-        ConfigError: the generator keeps no caches that fork.
+        ConfigError: the generator keeps no caches that fork, or draws elsewhere.
     """
+    from keel.rollouts.transformers import TransformersGenerator
+
+    adaptive = None if method.rollout is None else method.rollout.adaptive
+    if adaptive is not None and not isinstance(generator, LocalGenerator | TransformersGenerator):
+        raise ConfigError(
+            f"{type(generator).__name__} does not draw here, and knows one temperature for all tokens",
+            "rollout.adaptive",
+            "Leave it out (tau=0), or set train.generator=local or transformers.",
+        )
     sampler = None if method.rollout is None else method.rollout.sampler
     if sampler is not None and not isinstance(generator, LocalGenerator):
         raise ConfigError(

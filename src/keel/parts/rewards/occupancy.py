@@ -69,17 +69,27 @@ class OccupancyPenalty:
     def __call__(self, rows: Rows, stats: Stats) -> Rows:
         log_u = sequence_log_prob(rows, stats, "old") - sequence_log_prob(rows, stats, self.against)
         log_u = torch.nan_to_num(log_u, nan=0.0).clamp(-LIMIT, LIMIT)
-        excess = torch.expm1(log_u)
-        if self.kind == "kl":
-            slope = log_u
-        elif self.kind == "chi2":
-            slope = 2 * excess
-        else:
-            spread = trimmed_mean(excess, rows.weight * rows.main, 0.0 if rows.exact else self.trim)
-            slope = excess / torch.where(spread > 0, spread, torch.ones_like(spread)).sqrt()
-        added = -self.coef * slope
+        added = -self.coef * slope(log_u, rows.weight * rows.main, self.kind, 0.0 if rows.exact else self.trim)
         added = added if self.clip is None else added.clamp(-self.clip, self.clip)
         return rows.with_(reward=(scalar_reward(rows) + added)[:, None])
+
+
+def slope(d: Float[Tensor, "B"], weight: Float[Tensor, "B"], kind: Kind, trim: float) -> Float[Tensor, "B"]:
+    """What to take off the rewards so that their policy gradient is that of a divergence of occupancies.
+
+    Args:
+        d: log(mu_policy / mu_reference) at what the policy visited: known, or a discriminator's.
+        weight: of the visits.
+        kind: kl gives d, chi2 2 (e^d - 1), sqrt_chi2 (e^d - 1) / sqrt(chi2), undivided where chi2 is not positive.
+        trim: share of the visits left out of the mean of e^d - 1 at each end.
+    """
+    excess = torch.expm1(d)
+    if kind == "kl":
+        return d
+    if kind == "chi2":
+        return 2 * excess
+    chi2 = trimmed_mean(excess, weight, trim)
+    return excess / torch.where(chi2 > 0, chi2, torch.ones_like(chi2)).sqrt()
 
 
 def trimmed_mean(values: Float[Tensor, "B"], weight: Float[Tensor, "B"], trim: float) -> Float[Tensor, ""]:

@@ -1,7 +1,7 @@
 """Rewards bent before the advantages: by how rare a completion is in its group, and by whom it beats."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,9 @@ from keel.statistics.stats import Stats
 
 REFERENCES = "reference_rewards"  # feature [B, M] with the rewards of M reference completions of each row's prompt
 UPPER = 1.0364333894937898  # 85% quantile of the normal distribution
-Shape = Literal["sigmoid", "tanh", "log_sigmoid", "centred", "uncentred"]
+SHIFT = 3.0  # reward that `shifted` asks for beyond the reference's
+STOP = 0.95  # a shaped reward above it has little left to gain
+Shape = Literal["sigmoid", "tanh", "log_sigmoid", "centred", "uncentred", "shifted"]
 
 
 @part("unlikeliness", paper=209)
@@ -72,18 +74,24 @@ class PreferenceAsReward:
         log_sigmoid   log sigmoid(k (r - q)),  q = mean + 1.036 std of the r_m
         centred       k (r - mean r_m)                        unbounded
         uncentred     sigmoid(k r)                            changes when a constant is added to all rewards
+        shifted       mean_m sigmoid(k (r - 3 - r_m))         slow at par; a control that should do worse
 
     r_m are the rewards of completions of the same prompt by the reference: `rows.features["reference_rewards"]` if
     there are any (NaN for missing ones), else the other completions of the group, weighted with ref / old. While the
-    policy is near the reference the latter are as good; far from it few of them count. A KL in the reward comes after.
+    policy is near the reference the latter are as good; far from it few of them count. In training the feature is the
+    column `reference_rewards` of the data, or, with `references`, what the reference's completions earned when a prompt
+    first came; each prompt's are remembered. A KL in the reward comes after. The metric `par/saturated` is the share of
+    rewards above 0.95 among the bounded: most of them say that it is time to stop.
 
     Args:
         k: steepness, per unit of reward.
-        shape: one of the five.
+        shape: one of the six.
+        references: completions of the reference that are drawn and scored for each prompt; 0 takes the group's.
         against: name of the reference model.
 
     Raises:
-        ValueError: k not positive, an unknown shape, or several reward columns (put a WeightedSum before it).
+        ValueError: k not positive, an unknown shape, negative references, or several reward columns (put a WeightedSum
+            before it).
 
     Source: "Reward Shaping to Mitigate Reward Hacking in RLHF", 2025, which scores 10 completions of the initial policy
     beforehand; the weights ref / old are Keel's.
@@ -91,9 +99,12 @@ class PreferenceAsReward:
 
     k: float = 1.0
     shape: Shape = "sigmoid"
+    references: int = 0
     against: str = "ref"
 
     def __post_init__(self) -> None:
+        if self.references < 0:
+            raise ValueError(f"references must not be negative, got {self.references}")
         if not self.k > 0:
             raise ValueError(f"k must be positive, not {self.k}")
         if self.shape not in get_args(Shape):
@@ -104,7 +115,25 @@ class PreferenceAsReward:
         """The policy that sampled, and the reference."""
         return (LogProb(of=("old",)), LogProb(of=(self.against,)))
 
-    def __call__(self, rows: Rows, stats: Stats) -> Rows:
+    def init(self) -> dict[str, Any]:
+        """What the reference's completions earned, by the number of their prompt."""
+        return {"known": {}}
+
+    def observe(self, rows: Rows, stats: Stats, metrics: dict[str, float], state: dict[str, Any]) -> dict[str, Any]:
+        """Remembers the reference rewards of new prompts; those of which none could be measured are tried again."""
+        shaped = scalar_reward(rows)[rows.main]
+        if self.shape not in ("centred", "log_sigmoid") and bool((~shaped.isnan()).any()):
+            metrics["par/saturated"] = float((shaped[~shaped.isnan()] > STOP).double().mean())
+        if not self.references or REFERENCES not in rows.features:
+            return state
+        known = dict(state["known"])
+        found = rows.features[REFERENCES]
+        for number, values in zip(rows.data_index.tolist(), found.tolist(), strict=True):
+            if str(number) not in known and any(value == value for value in values):
+                known[str(number)] = values
+        return {**state, "known": known}
+
+    def __call__(self, rows: Rows, stats: Stats, state: dict[str, Any] | None = None) -> Rows:
         reward = scalar_reward(rows)
         if REFERENCES in rows.features:
             others = rows.features[REFERENCES].to(reward)
@@ -138,9 +167,10 @@ def shaped(
     alone = share.sum(1) == 0
     if shape == "uncentred":
         return torch.sigmoid(k * reward)
-    if shape in ("sigmoid", "tanh"):
-        gap = torch.where(alone[:, None], torch.zeros_like(reference), k * (reward[:, None] - reference))
-        won = torch.sigmoid(gap) if shape == "sigmoid" else torch.tanh(gap)
+    if shape in ("sigmoid", "tanh", "shifted"):
+        gap = torch.where(alone[:, None], torch.zeros_like(reference), reward[:, None] - reference)
+        gap = k * (gap - SHIFT if shape == "shifted" else gap)
+        won = torch.tanh(gap) if shape == "tanh" else torch.sigmoid(gap)
         share = torch.where(alone[:, None], torch.full_like(share, 1 / max(1, share.shape[1])), share)
         return (share * won).sum(1)
     mean = torch.where(alone, reward, (share * reference).sum(1))

@@ -6,14 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keel.core.aggregate import ratio, token_weight, weighted_quantile
 from keel.core.registry import part
 from keel.core.rows import Rows
 from keel.parts.terms.surrogate import LIMIT
+from keel.statistics.entropy_score import log_entropies, scale_of
 from keel.statistics.functionals import Entropy
 from keel.statistics.stats import Stats
-
-LEAST = 1e-8  # entropies below it are taken for it
 
 
 def entropy_score(entropy: Float[Tensor, "B T"], rows: Rows, quantile: float) -> Float[Tensor, "B T"]:
@@ -23,11 +21,8 @@ def entropy_score(entropy: Float[Tensor, "B T"], rows: Rows, quantile: float) ->
         entropy: in nats, [B, T].
         quantile: of the counted tokens; the smallest value below or at which that share of them lies.
     """
-    weight = token_weight(rows)
-    log_entropy = torch.where(rows.mask, entropy, torch.ones_like(entropy)).clamp(min=LEAST).log()
-    above = log_entropy - weighted_quantile(log_entropy, quantile, weight)
-    low, high = (weighted_quantile(above, q, weight) for q in (0.0, 1.0))
-    score = torch.where(above > 0, ratio(above, high.expand_as(above)), ratio(above, -low.expand_as(above)))
+    log_entropy = log_entropies(entropy, rows)
+    score = scale_of(log_entropy, rows, quantile).score(log_entropy)
     return torch.where(rows.loss_mask, score.nan_to_num(nan=0.0), torch.zeros_like(score))
 
 

@@ -23,6 +23,9 @@ class OutcomeLoss:
         w+ = clip((p - margin) / (1 - margin), 0, 1),   w- = clip((1 - p - margin) / (1 - margin), 0, 1)
         p_t = sigmoid(mean of q_u over u <= t)
 
+    With `share`, in place of the margin, that share of a completion's tokens counts: those with the largest p (for w-,
+    1 - p), rescaled so that the largest counts 1 and the smallest of them 0; all of them 1 where they agree.
+
     A is the advantage, rho = pi / sg(pi), n+ and n- count the tokens of P and Q, q is the head's number at each token
     as it was when the batch was prepared. Of each prompt with right and wrong completions one of either is learnt,
     picked by the hashes of the rows; all of them, in equal shares, with `expected` and on enumerated rows.
@@ -30,19 +33,22 @@ class OutcomeLoss:
     Args:
         positive, negative: coefficients.
         margin: probability by which a token must be sure to count.
+        share: of the tokens of a completion that count, in (0, 1]; None takes the margin. The authors name 0.25.
         threshold: return from which on a completion is right.
         expected: learn all completions of a prompt, in equal shares.
         head: the token reward model's name; "" weighs all tokens alike.
 
     Raises:
-        ValueError: a negative coefficient, or margin outside [0, 1).
+        ValueError: a negative coefficient, margin outside [0, 1), or share outside (0, 1].
 
-    Source: "Exploring the Limit of Outcome Reward for Learning Mathematical Reasoning", 2025.
+    Source: "Exploring the Limit of Outcome Reward for Learning Mathematical Reasoning", 2025; a share of less than one
+    token is none in the release, here it is one.
     """
 
     positive: float = 1.0
     negative: float = 0.5
     margin: float = 0.5
+    share: float | None = None
     threshold: float = 0.5
     expected: bool = False
     head: str = ""
@@ -54,6 +60,8 @@ class OutcomeLoss:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.margin < 1:
             raise ValueError(f"margin must be in [0, 1), not {self.margin}")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"share must be in (0, 1], not {self.share}")
 
     @property
     def needs(self) -> tuple[Functional, ...]:
@@ -82,6 +90,8 @@ class OutcomeLoss:
         if not self.head:
             return (torch.ones_like(stats[LogProb()].detach()),) * 2
         sure = torch.sigmoid(running_mean(stats[Value(self.head, of=("old",))].detach(), rows.mask))
+        if self.share is not None:
+            return top_share(sure, rows.mask, self.share), top_share(1 - sure, rows.mask, self.share)
         room = 1 - self.margin
         return ((sure - self.margin) / room).clamp(0, 1), ((1 - sure - self.margin) / room).clamp(0, 1)
 
@@ -111,6 +121,24 @@ def running_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Flo
     """Mean over the chosen tokens of a row up to each position."""
     total = torch.where(mask, values, torch.zeros_like(values)).cumsum(1)
     return ratio(total, mask.cumsum(1).to(values.dtype))
+
+
+def top_share(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], share: float) -> Float[Tensor, "B T"]:
+    """The largest numbers of each row, floor(share n) of its n tokens and at least one, from 0 to 1; 0 elsewhere.
+
+    >>> top_share(torch.tensor([[0.9, 0.2, 0.6, 0.5]]), torch.ones(1, 4, dtype=torch.bool), 0.75)
+    tensor([[1.0000, 0.0000, 0.2500, 0.0000]])
+    """
+    number = (share * mask.sum(1) + 1e-6).floor().long().clamp(min=1)
+    order = torch.where(mask, values, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    chosen = mask & (place < number[:, None])
+    low = torch.where(chosen, values, torch.inf).amin(1, keepdim=True)
+    high = torch.where(chosen, values, -torch.inf).amax(1, keepdim=True)
+    scaled = torch.where(high > low, (values - low) / torch.where(high > low, high - low, torch.ones_like(high)), 1.0)
+    return torch.where(chosen, scaled, torch.zeros_like(values))
 
 
 @part("token_reward_loss", paper=177)
