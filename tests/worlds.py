@@ -112,7 +112,7 @@ def rows_for(method: Method) -> Rows:
     greedy = method.rollout is not None and method.rollout.greedy_baseline
     rows = online_rows(baseline=greedy)
     if method.kind == "online":
-        return rows
+        return rows if method.rollout is None or method.rollout.extra is None else with_candidates(rows, method)
     rows = rows.with_(reward=None, logp={}, stop=torch.full_like(rows.stop, int(Stop.DATA)))
     if method.kind not in ("pairs", "reward"):
         return rows
@@ -120,6 +120,20 @@ def rows_for(method: Method) -> Rows:
     place = torch.arange(len(rows)).reshape(SPACE.prompts, 2, half).transpose(0, 1).reshape(2, -1)
     ones = torch.ones(n, dtype=torch.float64)
     return rows.with_(pairs=Pairs(place[0][:n], place[1][:n], ones, ones, ones, 0 * ones))
+
+
+def with_candidates(rows: Rows, method: Method) -> Rows:
+    """The rows, and beside each group another one that was drawn at another temperature."""
+    more = sample(table("sampler", scale=0.5), 4, seed=2)
+    right = (uniforms(more.row, 100) > 0.5).double()[:, None].expand(-1, rows.reward.shape[1])
+    spans = {"nll": more.mask, "distil": more.mask}
+    stream = torch.full_like(more.stream, int(Stream.CANDIDATE))
+    more = more.with_(reward=right, label=right[:, 0], masks=spans, stream=stream, group=more.group + 10)
+    heats = (method.rollout.temperature, method.rollout.extra.temperature)
+    parts = [
+        r.with_(columns={"temperature": torch.full_like(r.weight, h)}) for r, h in zip((rows, more), heats, strict=True)
+    ]
+    return cat(parts)
 
 
 def polluted(rows: Rows, prompt: int, completion: int) -> Rows:

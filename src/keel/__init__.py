@@ -12,6 +12,7 @@ _ENTRIES = {
     "sample": "keel.train.samples",
     "frontier": "keel.train.samples",
     "fit_value": "keel.train.samples",
+    "cold_start": "keel.train.cold_start",
     "target": "keel.train.target",
     "from_trl": "keel.train.trl",
     "Method": "keel.method",

@@ -80,12 +80,19 @@ KNOWN = {
     "safe": (0.006, "an entropy bonus stands beside the reward"),
     "recap": (0.19, "as grpo"),
     "kdrl": (0.18, "as grpo"),
+    "grpo_replay": (0.23, "as grpo, and weights of tokens are not those of the sequences that earn the reward"),
+    "dph_rl": (0.18, "as grpo"),
 }
 CASES = [
     pytest.param(recipe, variant, id=f"{name}{variant or ''}")
     for name, recipe in recipes().items()
     for variant in variants(recipe)
 ]
+
+
+def shortfall(recipe: Recipe) -> tuple[float, str] | None:
+    """What is entered for a recipe, or else for its baseline: one that misses no further needs no line of its own."""
+    return KNOWN.get(recipe.name) or (None if recipe.baseline is None else KNOWN.get(recipe.baseline))
 
 
 @pytest.mark.parametrize(("recipe", "variant"), CASES)
@@ -95,8 +102,9 @@ def test_every_recipe(recipe, variant):
     assert found.reduces_to_baseline is not False
     assert all(found.invariances.values()), found.invariances
     if found.status == SHORT:
-        assert recipe.name in KNOWN, found.reasons
-        bound = KNOWN[recipe.name][0]
+        known = shortfall(recipe)
+        assert known is not None, found.reasons
+        bound = known[0]
         assert found.gradient_relative_error <= (bound if bound <= TOLERANCE else bound + 0.005)
     if found.status == HOLDS:
         assert found.gradient_relative_error <= TOLERANCE and found.cosine > 1 - 1e-9
@@ -111,7 +119,7 @@ def test_every_recipe_in_full(recipe, variant):
         assert found.fixed_point_tv < 1e-3
         assert all(group.relative_error <= TOLERANCE for group in found.groups)
     else:
-        assert found.status != SHORT or recipe.name in KNOWN, found.reasons
+        assert found.status != SHORT or shortfall(recipe) is not None, found.reasons
 
 
 def test_a_shortfall_that_is_none_any_more_is_taken_off_the_list():
