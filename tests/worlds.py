@@ -18,13 +18,15 @@ from keel.core.choice import generator, row_ids, uniforms
 from keel.core.errors import UserError
 from keel.core.policy import Head
 from keel.core.registry import PAPERS, part_class, part_name
-from keel.core.rows import Pairs, Rows, Stop, Stream, cat
+from keel.core.rows import REPLAYED, Pairs, Rows, Stop, Stream, cat
 from keel.exact.space import SequenceSpace, TabularPolicy
 from keel.method import ALWAYS, Method
 from keel.models.heads import Critic
 from keel.models.sources import Initial
 from keel.parts.advantages.group import GroupCentre
 from keel.parts.advantages.stream import GAE
+from keel.parts.replay.memory import joined
+from keel.parts.replay.rehearsal import Rehearsal
 from keel.parts.terms.penalties import Summand
 from keel.parts.terms.surrogate import Clipped, Surrogate
 from keel.recipes.registry import recipes
@@ -112,7 +114,8 @@ def rows_for(method: Method) -> Rows:
     greedy = method.rollout is not None and method.rollout.greedy_baseline
     rows = online_rows(baseline=greedy)
     if method.kind == "online":
-        return rows if method.rollout is None or method.rollout.extra is None else with_candidates(rows, method)
+        rows = rows if method.rollout is None or method.rollout.extra is None else with_candidates(rows, method)
+        return with_stored(rows, method)
     rows = rows.with_(reward=None, logp={}, stop=torch.full_like(rows.stop, int(Stop.DATA)))
     if method.kind not in ("pairs", "reward"):
         return rows
@@ -134,6 +137,22 @@ def with_candidates(rows: Rows, method: Method) -> Rows:
         r.with_(columns={"temperature": torch.full_like(r.weight, h)}) for r, h in zip((rows, more), heats, strict=True)
     ]
     return cat(parts)
+
+
+def with_stored(rows: Rows, method: Method) -> Rows:
+    """The rows, and what the method's slot `replay` brings along: groups of another policy, rows of a regulariser."""
+    parts = [rows]
+    if method.replayed is not None:
+        again = sample(table("replayed", scale=0.5), 4, seed=3)
+        right = (uniforms(again.row, 100) > 0.5).double()[:, None].expand(-1, 2)
+        known = {**again.columns, REPLAYED: torch.ones(len(again), dtype=torch.bool)}
+        parts.append(again.with_(reward=right, columns=known, group=again.group + 20))
+    if any(isinstance(item, Rehearsal) for item in method.replay.values()):
+        before = sample(table("ref"), 1, seed=4)
+        stream = torch.full_like(before.stream, int(Stream.REGULARISER))
+        logp = {**before.logp, "stored": before.logp["behaviour"]}
+        parts.append(before.with_(stream=stream, logp=logp, group=before.group + 30))
+    return joined(parts)
 
 
 def polluted(rows: Rows, prompt: int, completion: int) -> Rows:
@@ -226,7 +245,7 @@ def outcome(
         rows,
         frozen,
         partial(_loss, method, states),
-        additive=method.additive if additive is None else additive,
+        additive=method.splits(rows) if additive is None else additive,
     )
     modules: dict[str, nn.Module] = {"policy": models["policy"], **heads}
     named = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
