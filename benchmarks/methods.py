@@ -17,9 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from benchmarks import fingerprint, halving, methods_page, plan, results, work
-from benchmarks.cells import Cell
+from benchmarks.cells import BASE, Cell
 from benchmarks.evidence import Evidence
-from keel.core.errors import KeelError
+from keel.core.errors import KeelError, nearest
 
 
 def gathered(folder: Path) -> tuple[Evidence, Evidence]:
@@ -103,7 +103,10 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="transformers|torch")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    plan.compared()  # imports all recipes
+    known = (BASE, *plan.compared())  # imports all recipes
+    for name, allowed in [(n, known) for n in arguments.what] + [(t, plan.tasks()) for t in arguments.task or ()]:
+        if name not in allowed:
+            parser.error(f"there is no '{name}'.{nearest(name, allowed)}")
     fingerprint.remember(list(sys.modules))
     try:
         run(arguments)

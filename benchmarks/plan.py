@@ -30,9 +30,11 @@ EPISODES: dict[str, Any] = {  # of several turns, which are some ten times as lo
     "evaluate.num_prompts": 24,
     "evaluate.num_generations": 16,
 }
+SHORT: dict[str, Any] = {"train.max_steps": 60, "evaluate.num_prompts": 64}  # enough for what these are to show
 OF_TASK: dict[str, dict[str, Any]] = {
-    "sparse": {"train.learning_rate": 3e-4},
-    "proxy": {"train.learning_rate": 3e-4},
+    "sparse": SHORT,
+    "saturated": SHORT,
+    "proxy": {**SHORT, "train.learning_rate": 3e-4},  # at 1e-4 nobody finds the loophole in this time
     "number_guessing": EPISODES,
     "countdown_calculator": EPISODES,
 }
