@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.cells import BASE
 from benchmarks.claims import EQUAL, written
 from benchmarks.evidence import Arm, Evidence, Scalar, at
 from keel.evaluate.intervals import Interval
+from keel.recipes.registry import recipe_named
 
 LISTED = 6  # methods that are named as not told from the best
 
@@ -22,6 +24,7 @@ class Wish:
         task: on which it is measured.
         sign: -1 where less is better.
         equal: only methods whose pass@1 there is not below grpo's by more than `EQUAL`.
+        own: only methods that learn from samples of the policy: what a sampler of the tilt draws earns more anyway.
     """
 
     text: str
@@ -30,6 +33,7 @@ class Wish:
     task: str = "countdown"
     sign: int = 1
     equal: bool = False
+    own: bool = False
 
 
 WISHES = (
@@ -44,7 +48,7 @@ WISHES = (
     Wish("A reward that can be hacked", "gold", "true reward", "proxy"),
     Wish("Several turns", "pass@1", "pass@1", "number_guessing"),
     Wish("A tool", "pass@1", "pass@1", "countdown_calculator"),
-    Wish("The fastest learning", at("curves", "reward", 3), "training reward after a third of the steps"),
+    Wish("The fastest learning", at("curves", "reward", 3), "training reward after a third of the steps", own=True),
 )
 
 
@@ -99,7 +103,7 @@ def answer(wish: Wish, evidence: Evidence, arms: Sequence[Arm]) -> Answer:
     grpo = Arm("grpo", wish.task)
     found = []
     for arm in arms:
-        if arm.task != wish.task or not evidence.has(arm):
+        if arm.task != wish.task or not evidence.has(arm) or (wish.own and not _samples_of_the_policy(arm)):
             continue
         value = evidence.measure(arm, wish.measure)
         allowed = not wish.equal or evidence.difference(arm, grpo, "pass@1").value > -EQUAL
@@ -123,3 +127,8 @@ def answer(wish: Wish, evidence: Evidence, arms: Sequence[Arm]) -> Answer:
         len(found),
         len(evidence.seeds(best)),
     )
+
+
+def _samples_of_the_policy(arm: Arm) -> bool:
+    rollout = None if arm.recipe == BASE else recipe_named(arm.recipe)().rollout
+    return rollout is not None and rollout.sampler is None
