@@ -252,15 +252,39 @@ def picture(evidence: Evidence, names: Sequence[str]) -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="12" fill="{colours["surface"]}"/>',
         *frame(panel, "One try against sixteen", "pass@1", "pass@16", ticks, colours),
     ]
-    labelled = edge(points)
+    labelled, dots = edge(points), [(panel.x(x), panel.y(y)) for _, x, y in points]
+    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
     for arm, x, y in points:
         colour = "base" if arm.recipe == "base" else "plain" if arm.recipe == "grpo" else "medium"
         shape = "square" if arm.recipe in ("base", "grpo") else "circle"
         parts.append(mark(panel.x(x), panel.y(y), Look(colour, "solid", shape), colours, 4.5))
         if arm in labelled:
-            at = f'x="{panel.x(x) + 8:.1f}" y="{panel.y(y) + 4:.1f}"'
-            parts.append(f'<text {at} fill="{colours["ink"]}">{escape(arm.recipe)}</text>')
+            at, anchor = place(arm.recipe, panel.x(x), panel.y(y), taken)
+            where = f'x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{anchor}"'
+            parts.append(f'<text {where} fill="{colours["ink"]}">{escape(arm.recipe)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def place(text: str, x: float, y: float, taken: list[Box]) -> tuple[tuple[float, float], str]:
+    """Where the name of a point goes: the first side on which it covers nothing, or as little as may be."""
+    width, best = 7.0 * len(text), None
+    for dx, dy, anchor in ((8, 4, "start"), (-8, 4, "end"), (0, -9, "middle"), (0, 18, "middle"), (8, -8, "start")):
+        left = x + dx - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
+        box = (left, y + dy - 10, left + width, y + dy + 2)
+        covered = sum(
+            max(0.0, min(box[2], b[2]) - max(box[0], b[0])) * max(0.0, min(box[3], b[3]) - max(box[1], b[1]))
+            for b in taken
+        )
+        outside = max(0.0, 60 - box[0]) + max(0.0, box[2] - WIDTH + 4)
+        cost = covered + 100 * outside
+        if best is None or cost < best[0]:
+            best = (cost, (x + dx, y + dy), anchor, box)
+    assert best is not None
+    taken.append(best[3])
+    return best[1], best[2]
 
 
 def edge(points: Sequence[tuple[Arm, float, float]]) -> list[Arm]:
