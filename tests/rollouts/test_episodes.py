@@ -162,6 +162,46 @@ def test_limits_end_an_episode_with_their_reason(limits, ended, stop, turns, tex
     assert played.columns["episode_reward"] == [pytest.approx(0.1 * sum(map(len, whole)))]
 
 
+class Last(Room):
+    """Pays 10 where a limit ends the episode, and remembers which."""
+
+    def finish(self, ended: Ended) -> float:
+        self.heard.append(ended)
+        return 10.0
+
+
+@pytest.mark.parametrize(
+    ("limits", "ended", "token", "earned"),
+    [
+        ({}, Ended.ENVIRONMENT, 15, 0.1),  # over by itself: nobody asks
+        ({"max_turns": 2}, Ended.TURNS, 7, 10.2),
+        ({"max_completion_length": 5}, Ended.TOKENS, 2, 10.2),
+        ({"max_completion_length": 7}, Ended.TOKENS, 6, 10.0),  # the cut turn is not answered, and has its place
+        ({"context": 9}, Ended.CONTEXT, 6, 10.0),
+    ],
+)
+def test_an_environment_may_have_the_last_word(limits, ended, token, earned):
+    task = Rooms(made=Last)
+    played = scripted("ab\n", "cd\n", "a\n", "b\n", task=task, limits=replace(ROOMY, **limits))
+    assert played.rows.columns["ended"].tolist() == [int(ended)]
+    assert played.rows.columns["turn_reward"][0, token].item() == pytest.approx(earned)
+    assert [said for said in task.opened[0].heard if isinstance(said, Ended)] == [ended] * (ended != Ended.ENVIRONMENT)
+    whole = played.rows.columns["turn_reward"].sum().item()
+    assert played.columns["episode_reward"] == [pytest.approx(whole)]
+    assert bool(played.rows.mask[0, token]) and not bool(played.rows.mask[0, token + 1 :].any())
+
+
+@pytest.mark.parametrize(("said", "why"), [(math.nan, "not a reward"), ("1", "not a reward"), (None, "TypeError")])
+def test_a_last_word_that_is_no_reward_fails_the_group(said, why):
+    class Odd(Room):
+        def finish(self, ended):
+            return said
+
+    played = scripted("ab\n", task=Rooms(made=Odd), limits=replace(ROOMY, max_turns=1))
+    assert played.rows.columns["ended"].tolist() == [int(Ended.FAILED)]
+    assert why in played.columns["episode_reward"][0]
+
+
 def test_limits_that_leave_nothing():
     with pytest.raises(UserError, match="a prompt of 2 tokens leaves no room in the context of 2"):
         scripted("a\n", limits=replace(ROOMY, context=2))

@@ -39,7 +39,7 @@ def test_they_are_known_by_name(task):
 
 def test_demonstrations_are_good_episodes(task):
     """Each succeeds, says what the environment says, stays within the limits, and needs no other character."""
-    spread = [task.train[i] for i in range(0, len(task.train), len(task.train) // 100)] + list(task.held_out)[:60]
+    spread = [task.train[i] for i in range(0, len(task.train), 1 + len(task.train) // 100)] + list(task.held_out)[:60]
     varied = set()
     for number, example in enumerate(spread):
         pieces = task.demonstration(example, number)
@@ -109,7 +109,7 @@ def test_what_is_no_number_in_range(text):
 
 
 def test_bisection_finds_every_secret_in_seven_turns():
-    task = load_task("number_guessing")
+    task = load_task("number_guessing", max_number=100, turns=30)
     for n in (50, 77, 100):
         for secret in range(1, n + 1):
             guesses = bisection(secret, n)
@@ -123,7 +123,7 @@ def test_options_of_number_guessing():
     assert {example.columns["max_number"] for example in task.train} == set(range(10, 21))
     assert len(task.held_out) == 7 and task.max_turns == 5 and task.max_turn_length == 3
     assert task.max_completion_length == 5 * 4
-    assert len(task.train) == sum(range(10, 21)) - 16  # a tenth is set aside
+    assert len(task.train) == sum(range(10, 21)) - 33  # a fifth is set aside
     for wrong in ({"max_number": 3}, {"turns": 0}, {"speed": -1}, {"held_out": 10**6}, {"turns": True}):
         with pytest.raises(ConfigError, match=f"task number_guessing, {next(iter(wrong))}"):
             load_task("number_guessing", **wrong)
@@ -132,7 +132,7 @@ def test_options_of_number_guessing():
 
 
 def test_answers_of_number_guessing():
-    task = load_task("number_guessing")
+    task = load_task("number_guessing", max_number=100)
     example = task.train[0]
     assert task.answer("50\n<20\n>31\n", example) == "31"
     assert task.answer([{"role": "assistant", "content": "7"}], example) == "7"

@@ -10,7 +10,7 @@ import pytest
 
 from keel.core.errors import ConfigError
 from keel.tasks import Task, load_task
-from keel.tasks.environment import Answer, Environment, InteractiveTask
+from keel.tasks.environment import Answer, Ended, Environment, InteractiveTask
 from keel.tasks.verifiers_stage import message_of
 
 HERE = Path(__file__).parent / "verifiers_environments"
@@ -107,6 +107,26 @@ def test_the_limit_of_turns_is_scored(guess):
     episode.reset()
     last = [episode.step(said) for said in ("1", "2", "3")][-1]
     assert last == Answer("", 0.0, True, "max_turns")
+
+
+def test_a_cut_episode_is_scored(package, monkeypatch):
+    """What is scored is a last message that says so; the score is the rubric's, shown by a message that it likes."""
+    task = load_task("verifiers:keel_tools", held_out=0.0)
+    call = '<tool_call>{"name": "calculator_double", "arguments": {"number": 21}}</tool_call>'
+    for said, earned in (("[cut off]", 0.0), ("42", 1.0)):
+        monkeypatch.setattr("keel.tasks.verifiers._CUT", said)
+        episode = task.environment(task.train[0], 0)
+        episode.reset()
+        assert not episode.step(call).done
+        assert episode.finish(Ended.TOKENS) == earned
+        assert episode.finished.rewards == {"right": earned} and episode.asked is None
+
+
+def test_a_cut_episode_that_cannot_be_scored_earns_nothing(guess):
+    episode = guess.environment(example_of(guess, 7), seed=0)
+    episode.reset()
+    episode.step("3")
+    assert episode.finish(Ended.TOKENS) == 0.0 and episode.finished is None  # `[cut off]` is no number
 
 
 def test_episodes_play_side_by_side(guess):

@@ -262,7 +262,7 @@ class _Table:
         episode.turns, last = episode.turns + 1, len(episode.tokens) - 1
         room, reason = self.limits.room(len(episode.prompt), len(episode.tokens))
         if stop == Stop.LENGTH and room < 1:
-            return episode.end(reason)
+            return self._cut(episode, last, reason)
         answer = self._ask(episode, partial(_step, episode, text))
         if not isinstance(answer, Answer):
             return None
@@ -270,16 +270,23 @@ class _Table:
         if answer.done:
             return episode.end(Ended.ENVIRONMENT, Stop.ENVIRONMENT)
         if episode.turns >= self.limits.max_turns:
-            return episode.end(Ended.TURNS, stop)
+            return self._cut(episode, last, Ended.TURNS, stop)
         ids = self.speaker.answer(episode.example.prompt, answer.text, answer.role, said)
         room, reason = self.limits.room(len(episode.prompt), len(episode.tokens) + len(ids))
         if room < 1:
-            return episode.end(reason)
+            return self._cut(episode, last, reason)
         episode.turns -= 1  # the answer belongs to the turn that it answers
         episode.append(ids, False)
         episode.turns += 1
         episode.messages.append({"role": answer.role, "content": answer.text})
         return None
+
+    def _cut(self, episode: _Episode, last: int, reason: Ended, stop: Stop | None = None) -> None:
+        """A limit ends it; what its environment says to that is paid to the last token of the model."""
+        episode.end(reason, stop)
+        finish = getattr(episode.environment, "finish", None)
+        if finish is not None and (earned := self._ask(episode, partial(_finish, finish, reason))) is not None:
+            episode.reward[last] += earned
 
     def _begin(self, episode: _Episode, seed: int) -> str:
         episode.environment = self.task.environment(episode.example, seed)
@@ -377,6 +384,13 @@ def checked(answer: Any) -> Answer:
 def _step(episode: _Episode, text: str) -> Answer:
     assert episode.environment is not None
     return checked(episode.environment.step(text))
+
+
+def _finish(finish: Callable[[Ended], float], ended: Ended) -> float:
+    earned = finish(ended)
+    if isinstance(earned, str) or not math.isfinite(float(earned)):
+        raise ValueError(f"finish() returned {earned!r}, not a reward")
+    return float(earned)
 
 
 def _matrix(rows: Sequence[Sequence[Any]], dtype: torch.dtype = torch.long, left: bool = False) -> Tensor:

@@ -41,7 +41,12 @@ class Answer:
 
 @runtime_checkable
 class Environment(Protocol):
-    """One episode; its whole randomness comes from the seed that it was opened with."""
+    """One episode; its whole randomness comes from the seed that it was opened with.
+
+    It may have a third method, `finish(ended: Ended) -> float`. That is called once where a limit of turns, tokens or
+    context ends the episode, and its reward counts as one of the last turn; without it such an episode keeps what its
+    turns have earned.
+    """
 
     def reset(self) -> str:
         """What the model reads first, after the prompt of the example; mostly nothing."""

@@ -24,9 +24,9 @@ from keel.tasks.task import Example, RewardFunction, Text, check_disjoint, compl
 LOWER, HIGHER, UNREADABLE = "<", ">", "?"
 END = "\n"
 SMALLEST, LARGEST = 4, 9999  # of `max_number`
-REMEMBERS = 0.3  # share of the demonstrations that use all hints
+CAREFUL = 0.1  # share of the games tried for a demonstration that are played with care; more of these are won
 LOOKED_AT = 128  # held-out examples, unless told otherwise
-SPARE = 10  # one instance of so many is set aside
+SPARE = 5  # one instance of so many is set aside
 
 
 class Guessing:
@@ -64,12 +64,17 @@ class Guessing:
 class NumberGuessing:
     """Guess a secret between 1 and the number in the prompt.
 
-    An instance is a largest number N, from half of `max_number` on, and a secret. A hash sets every tenth instance
-    aside, some of which are `held_out`. A secret can be found with certainty by bisection, within 7 turns below 128.
+    An instance is a largest number N, from half of `max_number` on, and a secret. Every fifth instance, by lot,
+    is set aside, some of which are `held_out`. Bisection finds a secret with certainty, within 4 turns below 16 and 7
+    below 128.
 
-    The demonstrations, from which the built-in model learns, are far from that. In seven of ten games each guess is
-    drawn from all numbers on the right side of the guess before, and what was said earlier is forgotten: a secret below
-    100 is then found in 30 turns six times out of ten. In the others it is drawn from what all hints leave.
+    The demonstrations, from which the built-in model learns, are far from that. In nine of ten games each guess is
+    drawn from all numbers on the right side of the guess before, and what was said earlier is forgotten: a secret is
+    then found in 4 turns 54 times in 100. In the others it is drawn from the middle third of what all hints leave.
+    Games that are lost are no demonstrations.
+
+    The range is small because luck is noise: all episodes of a group have one secret, and those that hit on it teach
+    the model to guess that number. With few numbers a batch has all of them.
 
     Args:
         max_number: N at most.
@@ -85,7 +90,7 @@ class NumberGuessing:
     characters: str | None = "0123456789:<>?\n"
     turn_ends: tuple[str, ...] = (END,)
 
-    def __init__(self, max_number: int = 100, turns: int = 30, speed: float = 0.0, held_out: int | None = None):
+    def __init__(self, max_number: int = 16, turns: int = 4, speed: float = 0.0, held_out: int | None = None):
         _check("max_number", max_number, SMALLEST, LARGEST)
         _check("turns", turns, 1, 1000)
         if isinstance(speed, bool) or not 0 <= speed <= 10:
@@ -108,7 +113,7 @@ class NumberGuessing:
             "rollout.num_prompts": 16,
             "rollout.num_generations": 8,
             "rollout.max_completion_length": self.max_completion_length,
-            "train.learning_rate": 3e-4,
+            "train.learning_rate": 1e-3,
             "train.adam_beta2": 0.95,
             "train.max_steps": 100,
         }
@@ -130,13 +135,14 @@ class NumberGuessing:
         while True:
             pieces: list[tuple[str, bool]] = []
             low, high = 1, highest
-            remembers = draw.random() < REMEMBERS
+            careful = draw.random() < CAREFUL
             for _ in range(self.turns):
-                guess = draw.randint(low, high)
+                edge = (high - low) // 3 if careful else 0
+                guess = draw.randint(low + edge, high - edge)
                 pieces.append((f"{guess}{END}", True))
                 if guess == secret:
                     return pieces
-                before = (low, high) if remembers else (1, highest)
+                before = (low, high) if careful else (1, highest)
                 low, high = (guess + 1, before[1]) if guess < secret else (before[0], guess - 1)
                 pieces.append((HIGHER if guess < secret else LOWER, False))
 

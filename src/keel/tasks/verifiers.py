@@ -10,7 +10,7 @@ from typing import Any
 
 from keel.core.errors import ConfigError
 from keel.tasks.data import load_data
-from keel.tasks.environment import Answer
+from keel.tasks.environment import Answer, Ended
 from keel.tasks.task import Example, RewardFunction, Text, completion_text, final_answer
 from keel.tasks.verifiers_stage import Asked, Finished, Message, Stage, message_of
 
@@ -19,6 +19,7 @@ _VERSIONS = "0.4"
 _INFINITE = 1000  # tasks taken of an environment that has no end
 _AT_ONCE = 16  # completions that are judged side by side
 _PLAYED_HERE = ("harness", "runtime", "max_turns")  # what Keel sets of the seat that the policy plays
+_CUT = "[cut off]"  # what the model says after a limit of tokens; not empty, which a client may refuse
 _TOOLS = """You may call tools. To call one, write
 <tool_call>{{"name": "NAME", "arguments": {{...}}}}</tool_call>
 What it gives comes back in <tool_response></tool_response>. Without a call, your message is your answer. The tools:
@@ -170,7 +171,7 @@ class VerifiersTurns(VerifiersTask):
     The tools of the first task are described in the system message of every prompt. A turn calls them as
     `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, and reads `<tool_response>` in return, which is how the
     chat templates of Qwen write it. The reward comes with the last turn; an episode that is cut by a limit of tokens
-    is never scored by `verifiers`, and has reward 0.
+    goes on with messages that say `[cut off]` until `verifiers` ends and scores it.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class VerifiersTurns(VerifiersTask):
     def environment(self, example: Example, seed: int) -> VerifiersEpisode:
         """An episode of its own; `seed` does not reach it, for `verifiers` has no place for one."""
         number = example.columns["task"]
-        return VerifiersEpisode(self._stage.open(self._tasks[number]), self.prompts[number])
+        return VerifiersEpisode(self._stage.open(self._tasks[number]), self.prompts[number], self.max_turns)
 
     def demonstration(self, example: Example, seed: int) -> Sequence[tuple[str, bool]] | None:
         """None: `verifiers` knows no solutions."""
@@ -216,10 +217,11 @@ class VerifiersEpisode:
     Args:
         episode: on its stage.
         prompt: what the conversation begins with.
+        max_turns: after which `verifiers` ends it.
     """
 
-    def __init__(self, episode: Any, prompt: list[Message]):
-        self.episode, self.prompt = episode, prompt
+    def __init__(self, episode: Any, prompt: list[Message], max_turns: int):
+        self.episode, self.prompt, self.max_turns = episode, prompt, max_turns
         self.turns = 0
         self.asked: Asked | None = None
         self.finished: Finished | None = None
@@ -253,6 +255,24 @@ class VerifiersEpisode:
             return Answer(reward=came.reward, done=True, reason=came.reason)
         self.asked = came
         return Answer(self._new(came, before))
+
+    def finish(self, ended: Ended) -> float:
+        """The reward of an episode that a limit of tokens cuts: the model says `[cut off]` to all that is still asked.
+
+        It is 0 where the environment cannot read that, or asks for more than its turns.
+
+        Raises:
+            TimeoutError: the environment takes too long.
+        """
+        while self.asked is not None and self.turns < self.max_turns:
+            self.turns += 1
+            try:
+                came = self.episode.reply({"role": "assistant", "content": _CUT})
+            except RuntimeError:  # of what Keel says here, not of anything that the model has said
+                break
+            self.asked, self.finished = (None, came) if isinstance(came, Finished) else (came, None)
+        self.episode.close()
+        return 0.0 if self.finished is None else self.finished.reward
 
     def _new(self, asked: Asked, before: list[Message]) -> str:
         """The text of the messages that came after those that the model knows."""
