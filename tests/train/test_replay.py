@@ -15,6 +15,7 @@ from keel.train import online
 
 REPLAYING = {"recipe": "grpo_replay", "share": 0.5, "train.num_minibatches": 2}
 REHEARSING = {"recipe": "dph_rl", "threshold": 3.0, "solved": 0.5, "samples": 2, "rehearsed": 3, "eta": 0.5}
+DEFINED = {**REHEARSING, "kind": "js_by_definition", "rollout_share": 0.5}
 TIMED = ("step_time", "time/rollout", "time/reward")
 
 
@@ -30,7 +31,7 @@ def metrics_of(run) -> dict:
 # -- killed and resumed ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [REPLAYING, REHEARSING], ids=lambda s: s["recipe"])
+@pytest.mark.parametrize("settings", [REPLAYING, REHEARSING, DEFINED], ids=["replay", "rehearsal", "by definition"])
 def test_a_broken_run_ends_with_the_same_bits(model, tmp_path, settings):
     """Killed between two checkpoints; `tests/promises` kills such runs at any moment."""
     common = {"max_steps": 5, "train.save_steps": 2, **settings}
@@ -154,6 +155,18 @@ def test_samples_of_the_initial_policy(model, tmp_path):
     drawn = told["num_tokens"][0]
     plain = start(model, tmp_path / "plain", "grpo", max_steps=1, epsilon_high=0.28)
     assert drawn > plain.metrics["num_tokens"][0][1] + int(pool.mask.sum())
+
+
+def test_a_share_of_the_batches_is_compared_with_the_initial_policy(model, tmp_path):
+    """Which batches, the seed says; on the others the reference does not run, so that there is no KL to it."""
+    by_seed = []
+    for seed in (0, 0, 1):
+        run = start(model, tmp_path / str(len(by_seed)), **{**DEFINED, "max_steps": 6, "leave": False}, seed=seed)
+        drawn = [step for step, value in run.metrics["controllers/terms.rollouts.coef"] if value == 0.5]
+        assert drawn == [step for step, _ in run.metrics["terms/rollouts"]] == [step for step, _ in run.metrics["kl"]]
+        assert 0 < len(drawn) < 6 and len(run.metrics["terms/rehearsal"]) == 6
+        by_seed.append(drawn)
+    assert by_seed[0] == by_seed[1] != by_seed[2]
 
 
 def test_an_empty_pool_is_grpo_to_the_bit(model, tmp_path):

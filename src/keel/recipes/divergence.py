@@ -1,7 +1,7 @@
 """Methods that differ in the divergence that holds the policy, and in what it is held to."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from keel.method import Claim, Method
 from keel.models.sources import Initial, Pretrained
@@ -9,7 +9,7 @@ from keel.parts.advantages.asymmetric import DifficultyKLWeight, LongMistakes
 from keel.parts.controllers.coefficients import Schedule
 from keel.parts.masks.outcome import Failed
 from keel.parts.rewards.occupancy import OccupancyPenalty
-from keel.parts.rewards.transforms import WeightedSum
+from keel.parts.rewards.transforms import KLInReward, WeightedSum
 from keel.parts.terms.covering import ReweightedReference
 from keel.parts.terms.penalties import RootChi2, SampledKL, Summand, VocabularyDivergence
 from keel.parts.terms.weighted import RowWeightedKL
@@ -142,6 +142,7 @@ def kdrl(
     teacher: str | None = None,
     guided: Literal["none", "response", "group"] = "none",
     threshold: float = 1.0,
+    form: Literal["k2", "k3", "vocabulary", "reward"] = "k2",
     **grpo_options,
 ) -> Method:
     """KDRL: GRPO whose KL is to a stronger teacher, with the right gradient, fading, and only on failures if asked.
@@ -158,6 +159,8 @@ def kdrl(
         guided: none, the tokens of failed completions alone (response), or of prompts at which all failed (group); the
             mean is over these tokens.
         threshold: reward from which on a completion has not failed.
+        form: of the KL: k2 of the sampled token; k3, whose gradient is that of KL(teacher || pi); over the whole
+            vocabulary; or k1 in the reward, which cannot be guided.
 
     Source: "KDRL: Post-Training Reasoning LLMs via Unified Knowledge Distillation and Reinforcement Learning", 2025,
     arXiv 2506.02208; the authors' code was not seen.
@@ -166,13 +169,29 @@ def kdrl(
     if not beta:
         return method
     masks = {} if guided == "none" else {"failed": Failed(threshold, guided)}
-    where = "failed" if masks else None
-    distil = Summand(SampledKL("k2", "teacher", ratio="detached"), beta, where, "where" if masks else None)
+    slot = "transforms" if form == "reward" else "terms"
     steps = round((beta - beta_min) / decay) if decay > 0 and beta > beta_min else 0
-    fading = {"distil": Schedule("terms.distil.coef", beta, beta_min, steps)} if steps else {}
-    objective = "E_pi[r] - beta KL(pi || teacher) per state"
-    claim = Claim(objective, "state", "kl_policy_ref", "beta", target="teacher", invariant=("reward_shift",))
+    fading = {"distil": Schedule(f"{slot}.distil.coef", beta, beta_min, steps)} if steps else {}
+    level: Literal["state", "sequence"] = "sequence" if form == "reward" else "state"
+    objective = f"E_pi[r] - beta KL(pi || teacher){'' if form == 'reward' else ' per state'}"
+    claim = Claim(objective, level, "kl_policy_ref", "beta", target="teacher", invariant=("reward_shift",))
     return method.replacing(
         models={"teacher": Initial() if teacher is None else Pretrained(teacher)},
         claim=claim if guided == "none" else replace(claim, invariant=()),
-    ).adding(masks=masks, terms={"distil": distil}, controllers=fading)
+    ).adding(
+        masks=masks, controllers=fading, **{slot: {"distil": _teacher_kl(form, beta, "failed" if masks else None)}}
+    )
+
+
+def _teacher_kl(form: str, beta: float, where: str | None) -> Summand | KLInReward:
+    """KL to the teacher, in the loss or in the reward."""
+    if form == "reward":
+        if where is not None:
+            raise ValueError("a KL in the reward is on all tokens: leave guided at none, or take another form")
+        return KLInReward(beta, "k1", "teacher")
+    penalty: Any = {
+        "k2": SampledKL("k2", "teacher", ratio="detached"),
+        "k3": SampledKL("k3", "teacher", ratio="detached"),
+        "vocabulary": VocabularyDivergence("kl_policy_ref", "teacher"),
+    }[form]
+    return Summand(penalty, beta, where, None if where is None else "where")

@@ -8,7 +8,7 @@ from keel.method import Claim, Method
 from keel.models.heads import Critic
 from keel.models.sources import Initial
 from keel.parts.advantages.consistency import AnswerConsistency
-from keel.parts.advantages.future import FutureKL
+from keel.parts.advantages.future import FutureKL, FutureKLToToken
 from keel.parts.advantages.group import LeaveOneOut
 from keel.parts.advantages.risk import BundleRisk
 from keel.parts.advantages.shifted import TemperatureShift
@@ -94,7 +94,7 @@ def copo(
 
 
 @recipe(paper=1, baseline="grpo", neutral={"beta": 0.0})
-def prl(beta: float = 0.005, step_length: int = 1, **grpo_options) -> Method:
+def prl(beta: float = 0.005, step_length: int = 1, segment_ends: tuple[int, ...] = (), **grpo_options) -> Method:
     """GRPO whose tokens pay, in their advantage, for the KL to the reference that they lead to.
 
         A_t = (R - mean) / std - beta sum over u >= t of (log old - log ref)_u
@@ -104,13 +104,17 @@ def prl(beta: float = 0.005, step_length: int = 1, **grpo_options) -> Method:
     Args:
         beta: coefficient of the KL, 1 / eta in the paper, which takes .005 and .01; 0 loads no reference.
         step_length: tokens that share one value; 1 is exact, 256 the paper's first version.
+        segment_ends: ids of the tokens that end such a stretch instead, those with a line break, say.
 
     Source: "PRL: Process Reward Learning Improves LLMs' Reasoning Ability and Broadens the Reasoning Boundary", 2026.
     """
     method = grpo(**grpo_options)
     if not beta:
         return method
-    return method.adding(advantage={"future_kl": FutureKL(beta, step_length)}, models={"ref": Initial()}).replacing(
+    if segment_ends and step_length != 1:
+        raise ValueError("segment_ends and step_length both say where a segment ends: leave step_length at 1")
+    part = FutureKLToToken(beta, segment_ends) if segment_ends else FutureKL(beta, step_length)
+    return method.adding(advantage={"future_kl": part}, models={"ref": Initial()}).replacing(
         claim=Claim(REWARD_KL, "sequence", "kl_policy_ref", "beta")
     )
 

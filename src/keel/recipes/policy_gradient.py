@@ -250,7 +250,8 @@ def dapo(
     Args:
         epsilon, epsilon_high: clip range below and above 1.
         num_generations: the group size.
-        overlong_cache: tokens before the limit over which the punishment grows; None is a fifth of the limit.
+        overlong_cache: tokens before the limit over which the punishment grows; None is a fifth of the limit, 0 is no
+            punishment.
         max_completion_length: the limit.
 
     Source: "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", 2025.
@@ -263,7 +264,7 @@ def dapo(
         max_completion_length=max_completion_length,
         **grpo_options,
     )
-    return method.adding(transforms={"overlong": Overlong(max_completion_length, cache)})
+    return method.adding(transforms={"overlong": Overlong(max_completion_length, cache)}) if cache else method
 
 
 @recipe(baseline="grpo")

@@ -4,14 +4,18 @@ from dataclasses import replace
 from typing import Literal
 
 from keel.method import Claim, Method
+from keel.models.sources import Initial
+from keel.parts.controllers.coefficients import OnSomeBatches
 from keel.parts.replay.rehearsal import Rehearsal
 from keel.parts.replay.stored import Kept, Replay, Weighting
 from keel.parts.terms.covering import RehearsalDivergence
+from keel.parts.terms.mixture import MixtureKL, RehearsalMixtureKL
+from keel.parts.terms.penalties import Summand
 from keel.recipes.policy_gradient import grpo
 from keel.recipes.registry import recipe
 
-Kind = Literal["forward_kl", "js", "alpha", "reverse_kl"]
-ETA = {"forward_kl": 0.02, "js": 0.1, "alpha": 0.02, "reverse_kl": 0.02}
+Kind = Literal["forward_kl", "js", "alpha", "reverse_kl", "js_by_definition"]
+ETA = {"forward_kl": 0.02, "js": 0.1, "alpha": 0.02, "reverse_kl": 0.02, "js_by_definition": 0.1}
 
 
 @recipe(baseline="grpo", neutral={"share": 0.0})
@@ -60,6 +64,7 @@ def dph_rl(
     threshold: float = 1.0,
     num_prompts: int | None = 256,
     leave: bool = True,
+    rollout_share: float = 0.1,
     **grpo_options,
 ) -> Method:
     """DPH-RL: GRPO held to what the initial policy wrote where it was right, by a divergence that covers it.
@@ -71,8 +76,9 @@ def dph_rl(
 
     Args:
         kind: forward_kl, js (2 JS, as the paper has it) or alpha; reverse_kl is its control, k3 on the policy's own
-            samples against the initial policy, without stored ones.
-        eta: coefficient; None is 0.02, and 0.1 for js. 0 stores nothing.
+            samples against the initial policy, without stored ones. js_by_definition is KL(pi_0 || m) on stored
+            samples and KL(pi || m) on some batches' own, m the mean of the two policies.
+        eta: coefficient; None is 0.02, and 0.1 for both js. 0 stores nothing.
         alpha: of the paper's alpha-divergence, in (0, 1): towards 0 the reverse KL, towards 1 the forward one.
         rehearsed: stored rows beside each batch.
         samples: completions of each prompt, drawn once before training.
@@ -80,6 +86,7 @@ def dph_rl(
         threshold: summed reward from which on a completion is correct.
         num_prompts: prompts that are looked at; None is all of them.
         leave: solved prompts are not trained on.
+        rollout_share: of the batches, on whose own samples js_by_definition pulls, too; the initial policy runs then.
 
     Source: "The Choice of Divergence: A Neglected Key to Mitigating Diversity Collapse in RLVR", 2025.
     """
@@ -91,12 +98,24 @@ def dph_rl(
     method = clip_higher(**grpo_options)
     if not eta:
         return method
+    pool = Rehearsal(rehearsed, "samples", samples, solved, threshold, num_prompts, leave)
+    if kind == "js_by_definition":
+        return _by_definition(method, eta, rollout_share, pool)
     divergence = {"forward_kl": "kl_ref_policy", "js": "2*js", "alpha": f"alpha:{1 - alpha:g}"}[kind]
     objective = "E_pi[r] - eta E_ref[D(pi, ref)] per state"
-    pool = Rehearsal(rehearsed, "samples", samples, solved, threshold, num_prompts, leave)
     claim = Claim(objective, "reference", divergence, eta, invariant=("reward_shift",))
     return method.replacing(claim=None if grpo_options.get("beta") else claim).adding(
         terms={"rehearsal": RehearsalDivergence(eta, divergence, method.aggregation)}, replay={"rehearsal": pool}
+    )
+
+
+def _by_definition(method: Method, eta: float, share: float, pool: Rehearsal) -> Method:
+    """Both halves of 2 JS, that of the policy's own samples on a share of the batches."""
+    halves = {"rehearsal": RehearsalMixtureKL(eta, "k3", method.aggregation), "rollouts": Summand(MixtureKL(), eta)}
+    some = OnSomeBatches("terms.rollouts.coef", eta, share=share)
+    initial = {} if "ref" in method.models else {"ref": Initial()}
+    return method.replacing(claim=None).adding(
+        terms=halves, replay={"rehearsal": pool}, models=initial, controllers={"rollouts": some}
     )
 
 

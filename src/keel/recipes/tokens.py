@@ -15,7 +15,7 @@ from keel.parts.terms.pulls import AbsoluteLogRatio, FilteredPull
 from keel.parts.terms.surrogate import Surrogate
 from keel.parts.weights.covariance import ClipCov
 from keel.parts.weights.entropy_change import EntropyChange
-from keel.parts.weights.trajectory import ConflictWeight
+from keel.parts.weights.trajectory import ConflictShare, ConflictWeight
 from keel.recipes.policy_gradient import dapo, grpo, unclipped_grpo
 from keel.recipes.registry import recipe
 from keel.rollouts.adaptive import AdaptiveTemperature
@@ -125,7 +125,12 @@ def steer(
     reduces_to=lambda: unclipped_grpo(aggregation="sequence_mean_token_mean"),
 )
 def gtpo(
-    coef: float = 0.1, max_entropy: float = 0.7, amplify: float = 2.0, suppress: float = 0.0, **grpo_options
+    coef: float = 0.1,
+    max_entropy: float = 0.7,
+    amplify: float = 2.0,
+    suppress: float = 0.0,
+    per_conflict: bool = False,
+    **grpo_options,
 ) -> Method:
     """GRPO that does not punish what bad completions share with good ones, and drops completions of high entropy.
 
@@ -134,13 +139,17 @@ def gtpo(
         max_entropy: completions above it are dropped, in nats, unless the first batch is above ln 2 in the mean;
             math.inf keeps all.
         amplify, suppress: weight of a shared beginning or end in good and in bad completions.
+        per_conflict: divide a completion's loss by the number of its shared tokens, as the authors' code does.
 
     Source: "GTPO: Trajectory-Based Policy Optimization in Large Language Models", 2025; one update a batch, no clip.
     """
     method = unclipped_grpo(**{"aggregation": "sequence_mean_token_mean", **grpo_options})
     return method.adding(
         advantage={"entropy": EntropyPenalty(coef, max_entropy)},
-        weights={"conflict": ConflictWeight(amplify, suppress)},
+        weights={
+            "conflict": ConflictWeight(amplify, suppress),
+            **({"share": ConflictShare()} if per_conflict else {}),
+        },
     )
 
 

@@ -169,6 +169,9 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
     _check_initial(path, initial, setup, fresh=checkpoint is None)
     session = build_session(config, setup.task, policy, setup.rewards, initial if checkpoint is not None else None)
     session.path, session.store, session.report = path, store, report
+    for name, item in config.method.controllers.items():
+        if getattr(item, "seeded", False):  # one that draws
+            session.controller_states[name] = item.init(config.seed)
     session.run_id = _run_id(store, config, resume)
     if checkpoint is not None:
         restore(session, checkpoint)

@@ -69,3 +69,49 @@ def at_segment_ends(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], len
     place = torch.where(ends, places, width).flip(1).cummin(1).values.flip(1)
     padded = torch.cat([values, values.new_zeros(len(values), 1)], 1)
     return padded.gather(1, place) * mask
+
+
+@part("future_kl_to_token", paper=1)
+@dataclass(frozen=True)
+class FutureKLToToken:
+    """As `FutureKL`, with segments that end at listed tokens, a line break say, and at the last one.
+
+    Args:
+        beta: coefficient of the KL.
+        ends: ids of the tokens; () makes each row one segment.
+        against: name of the reference model.
+
+    Raises:
+        ValueError: a negative beta.
+
+    Source: as `FutureKL`; one of the segmentations that its paper tries.
+    """
+
+    beta: float = 0.005
+    ends: tuple[int, ...] = ()
+    against: str = "ref"
+
+    def __post_init__(self) -> None:
+        if self.beta < 0:
+            raise ValueError(f"beta must not be negative, got {self.beta}")
+
+    @property
+    def needs(self) -> tuple[Functional, ...]:
+        """The policy that sampled, and the reference."""
+        return FutureKL(self.beta, against=self.against).needs
+
+    def __call__(self, rows: Rows, stats: Stats) -> Rows:
+        credit = advantage(rows)
+        gap = (stats[LogProb(of=("old",))] - stats[LogProb(of=(self.against,))]).to(credit.dtype)
+        to_come = at_tokens(discounted_sum(gap, rows.mask, 1.0), rows, self.ends)
+        scored = ~returns(rows).isnan()
+        return rows.with_(advantage=torch.where(scored[:, None] & rows.mask, credit - self.beta * to_come, credit))
+
+
+def at_tokens(values: Float[Tensor, "B T"], rows: Rows, ends: tuple[int, ...]) -> Float[Tensor, "B T"]:
+    """At each chosen token the value at the next listed one, itself included, or at the last one; 0 off the mask."""
+    places = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    last = torch.where(rows.mask, places, 0).amax(1, keepdim=True) if values.shape[1] else places
+    listed = rows.mask & (torch.isin(rows.tokens, rows.tokens.new_tensor(ends)) | (places == last))
+    place = torch.where(listed, places, last).flip(1).cummin(1).values.flip(1)
+    return values.gather(1, place) * rows.mask

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from keel.core.choice import counter_seed
 from keel.core.registry import part
 
 
@@ -59,6 +60,47 @@ class Schedule:
         if self.shape == "cosine":
             way = (1 - math.cos(math.pi * way)) / 2
         return {self.path: self.start + (self.end - self.start) * way}, state
+
+
+@part("on_some_batches", paper=21)
+@dataclass(frozen=True)
+class OnSomeBatches:
+    """The value at `path` is `value` on batches drawn by chance, and `otherwise` on all others.
+
+    A batch is drawn or not by the run's seed and its own number alone. A coefficient of 0 drops the summand, so that
+    what only that reads is not measured either: a reference model rests on the batches that are not drawn.
+
+    Args:
+        path: where the value lives.
+        value: on the batches that are drawn.
+        otherwise: on the others.
+        share: probability of being drawn.
+
+    Raises:
+        ValueError: a share outside [0, 1].
+
+    Source: "The Choice of Divergence: A Neglected Key to Mitigating Diversity Collapse in RLVR", 2025 (DPH-RL), whose
+    code draws a tenth of the micro-batches.
+    """
+
+    path: str
+    value: float
+    otherwise: float = 0.0
+    share: float = 0.1
+    seeded = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must be in [0, 1], not {self.share}")
+
+    def init(self, seed: int = 0) -> dict[str, int]:
+        """The seed of the run."""
+        return {"seed": seed}
+
+    def update(self, metrics: dict[str, float], state: dict, step: int) -> tuple[dict[str, float], dict]:
+        """The value for batch `step`, counted from 0."""
+        chance = counter_seed(state["seed"], "on some batches", self.path, step) / 2**63
+        return {self.path: self.value if chance < self.share else self.otherwise}, state
 
 
 @part("adaptive_kl")

@@ -50,7 +50,7 @@ class ConflictWeight:
         ValueError: a negative weight.
 
     Source: "GTPO: Trajectory-Based Policy Optimization in Large Language Models", 2025. The authors' code divides a
-    row's loss by the number of its conflicts, too, which the paper does not state and this does not do.
+    row's loss by the number of its conflicts, too, which the paper does not state: `ConflictShare`.
     """
 
     amplify: float = 2.0
@@ -80,3 +80,20 @@ class ConflictWeight:
             # places beyond the row point at its first token again, with factor 1
             weight = weight * torch.ones_like(weight).scatter_reduce(1, index, factor, "prod")
         return weight
+
+
+@part("conflict_share", paper=30)
+@dataclass(frozen=True)
+class ConflictShare:
+    """1 / max(1, n), n the tokens of a row that `ConflictWeight` finds in a good and in a bad completion.
+
+    Returns:
+        Weights [B, T], the same on all tokens of a row.
+
+    Source: the authors' code of GTPO, where it stands beside the weights of `ConflictWeight`.
+    """
+
+    def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, "B T"]:
+        shared = (ConflictWeight(0.0, 0.0)(rows, stats) == 0) & rows.mask
+        count = shared.sum(1, keepdim=True).clamp(min=1)
+        return (1 / count).to(rows.weight).expand(rows.tokens.shape)
