@@ -46,7 +46,7 @@ class TaskSettings(Section):
     Args:
         name: a built-in task, a reasoning-gym data set, `verifiers:ID`, or one's own as `file.py:NAME`; None with
             `data`.
-        options: of the task.
+        options: of the task; of data `repeats` and `repeats_by`, how often a prompt comes by its pass rate.
         data: path of a JSONL or Parquet file or a saved data set.
         held_out: share of the data that is held out, or a path of its own.
         rewards: functions as `module:function`; they replace the task's own.

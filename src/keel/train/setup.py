@@ -13,6 +13,7 @@ from keel.models.language import LanguageModel
 from keel.models.load import load
 from keel.tasks.data import DataTask, load_data
 from keel.tasks.load import load_task
+from keel.tasks.repeats import with_options
 from keel.tasks.task import Task
 from keel.train.base import ensure_base
 from keel.train.checkpoint import newest_sound
@@ -82,7 +83,7 @@ def open_task(settings: TaskSettings, data: Any, seed: int) -> Task:
         given = data if data is not None else settings.data
         if given == IN_MEMORY:
             raise RunError("its data were given in memory", "data", "Give the same data again.")
-        return load_data(given, settings.held_out, seed)
+        return with_options(load_data(given, settings.held_out, seed), settings.options)
     return load_task(settings.name or DEFAULT_TASK, **settings.options)
 
 
