@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from statistics import fmean, variance
 
+from keel.report.entropy_tokens import in_words
 from keel.report.findings import FEW, Finding, Level, Run, above, below, count, entries, short
 
 TIED = (0.5, 0.8)  # share of groups with equal rewards: a warning, a problem
@@ -91,8 +92,8 @@ def _entropy(run: Run) -> Iterator[Finding]:
         yield Finding(
             level,
             f"Entropy fell from {early:.3g} to {late:.3g} nats a token, so that samples of a prompt hardly differ any "
-            f"more{_where_entropy_fell(run)}: raise {text}, the penalty towards the reference, or lower "
-            f"{run.setting('learning_rate')[1]}.",
+            f"more{_where_entropy_fell(run)}{in_words(run.fallen)}: raise {text}, the penalty towards the reference, "
+            f"or lower {run.setting('learning_rate')[1]}.",
             path,
         )
     elif early > 0 and late > ENTROPY_GROWN * early:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from keel.evaluate.evaluation import Evaluation, change
 from keel.evaluate.intervals import Interval
 from keel.report.checks import CHECKS
+from keel.report.entropy_tokens import Fall
 from keel.report.findings import Curve, Finding, Level, Run
 
 __all__ = ["Curve", "Finding", "Level", "diagnose"]
@@ -19,6 +20,7 @@ def diagnose(
     config: Mapping[str, Any],
     before: Evaluation | None = None,
     after: Evaluation | None = None,
+    fallen: Sequence[Fall] = (),
 ) -> list[Finding]:
     """Findings about a run, the gravest first; never empty.
 
@@ -26,8 +28,9 @@ def diagnose(
         metrics: curves of the training metrics, (step, value) by growing step.
         config: the resolved configuration, from which present values are told.
         before, after: evaluations of the policy before and after training.
+        fallen: the tokens whose entropy fell most, from completions that were stored.
     """
-    run = Run(metrics, config)
+    run = Run(metrics, config, fallen)
     found = [replace(f, kind=check.__name__.removeprefix("_")) for check in CHECKS for f in check(run)]
     found += _evaluations(run, before, after)
     if not any(finding.level in (Level.PROBLEM, Level.WARNING) for finding in found):

@@ -9,6 +9,8 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
+from keel.report.entropy_tokens import Fall
+
 Curve = Sequence[tuple[int, float]]
 
 FEW = 5  # steps below which nothing is said about a course
@@ -43,8 +45,8 @@ class Finding:
 class Run:
     """Curves and configuration, with the few questions that the checks ask of them."""
 
-    def __init__(self, metrics: Mapping[str, Curve], config: Mapping[str, Any]):
-        self.metrics, self.config = metrics, config
+    def __init__(self, metrics: Mapping[str, Curve], config: Mapping[str, Any], fallen: Sequence[Fall] = ()):
+        self.metrics, self.config, self.fallen = metrics, config, fallen
 
     def finite(self, name: str) -> list[float]:
         return [value for _, value in self.metrics.get(name, ()) if math.isfinite(value)]

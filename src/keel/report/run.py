@@ -13,6 +13,7 @@ from keel.core.errors import RunError
 from keel.evaluate.evaluation import Completion, Evaluation, change
 from keel.report.arms import before_and_after
 from keel.report.diagnosis import Finding, diagnose
+from keel.report.entropy_tokens import Fall, read_falls
 from keel.report.figures import Figure, curves, evaluations_over_steps, frontier, pass_curves
 from keel.report.page import cell, document, figures, prose, table, text, write
 from keel.report.tokens_page import token_section
@@ -33,6 +34,7 @@ class RunData:
         evaluations: (step, phase, evaluation) by growing step; the phases "before" and "after" are set side by side.
         composition: the resolved composition as YAML.
         rollouts: completions of training, with their numbers per token.
+        fallen: the tokens whose entropy fell most between the first and the last logged steps.
     """
 
     run: StoredRun
@@ -40,6 +42,7 @@ class RunData:
     evaluations: Sequence[tuple[int, str, Evaluation]] = ()
     composition: str = ""
     rollouts: Sequence[StoredRollout] = ()
+    fallen: Sequence[Fall] = ()
 
     @property
     def before(self) -> Evaluation | None:
@@ -53,7 +56,7 @@ class RunData:
 
     def findings(self) -> list[Finding]:
         """The diagnosis."""
-        return diagnose(self.metrics, self.run.config or {}, self.before, self.after)
+        return diagnose(self.metrics, self.run.config or {}, self.before, self.after, self.fallen)
 
     def _phase(self, wanted: str) -> Evaluation | None:
         found = [evaluation for _, phase, evaluation in self.evaluations if phase == wanted]
@@ -78,13 +81,14 @@ def read_run(directory: str | Path, store: str | Path | None = None) -> RunData:
         stored = opened.evaluations(run.id)
         last = max(opened.rollout_counts(run.id), default=0)
         rollouts = opened.rollouts(run.id, last, limit=EXPLAINED)
+        fallen = read_falls(opened, run.id)
     try:
         evaluations = [(e.step, e.phase, Evaluation.from_json(e.evaluation)) for e in stored]
     except ValueError as error:
         raise RunError(f"A stored evaluation cannot be read ({error}).", str(directory)) from error
     config = directory / "config.yaml"
     composition = config.read_text(encoding="utf-8") if config.exists() else ""
-    return RunData(run, metrics, evaluations, composition, rollouts)
+    return RunData(run, metrics, evaluations, composition, rollouts, fallen)
 
 
 def write_report(run: RunData | str | Path, path: str | Path | None = None) -> Path:
