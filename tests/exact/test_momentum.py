@@ -42,6 +42,7 @@ def test_products_between_two_points_are_the_change_of_the_gradient():
     weights = [1 if i in (0, 40) else 4 if i % 2 else 2 for i in range(41)]
     mean = sum(w * point for w, point in zip(weights, points, strict=True)) / 120
     assert mean.tolist() == pytest.approx(change.tolist(), abs=1e-8)
+    assert mean.tolist() == pytest.approx([0.01134, 0.01867, -0.03001], abs=1e-5)  # as the specification has the mean
 
 
 def test_two_steps_with_rewards_to_go():

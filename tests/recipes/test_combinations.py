@@ -23,13 +23,18 @@ from keel.core.aggregate import Aggregation
 from keel.core.choice import generator, row_ids, uniforms
 from keel.core.errors import UserError
 from keel.core.registry import PAPERS, part_class
-from keel.core.rows import Rows, Stop, cat
+from keel.core.rows import REPLAYED, Rows, Stop, Stream, cat
 from keel.method import ALWAYS, Method
 from keel.models.heads import Critic
 from keel.models.sources import Initial
 from keel.models.tiny import TinyConfig, build_tiny
 from keel.parts.advantages.group import GroupCentre
 from keel.parts.advantages.stream import GAE
+from keel.parts.replay.memory import joined
+from keel.parts.replay.rehearsal import Rehearsal
+from keel.parts.replay.stored import Replay
+from keel.parts.terms.covering import RehearsalDivergence
+from keel.parts.terms.mixture import RehearsalMixtureKL
 from keel.parts.terms.penalties import Summand
 from keel.parts.terms.surrogate import Clipped, Surrogate
 from keel.parts.terms.targets import TiltTarget
@@ -159,7 +164,24 @@ def slots(draw: st.DrawFn) -> dict[str, Any]:
         "transforms": {f"t{i}": item for i, item in enumerate(draw(some("transforms", 2)))},
         "controllers": {f"c{i}": owning(draw, item, terms) for i, item in enumerate(draw(some("controllers", 1)))},
         "terms": terms,
+        "replay": draw(replays(terms)),
     }
+
+
+@st.composite
+def replays(draw: st.DrawFn, terms: dict[str, Any]) -> dict[str, Any]:
+    """Replayed groups, or a pool to rehearse with a term that reads it, now and then; the term joins `terms`."""
+    found = {}
+    if not draw(st.integers(0, 3)):
+        found["past"] = draw(parts(Replay))
+    if not draw(st.integers(0, 3)):
+        found["pool"] = draw(parts(Rehearsal))
+        if draw(st.booleans()):
+            terms["stored"] = draw(st.sampled_from((RehearsalDivergence, RehearsalMixtureKL)).flatmap(parts))
+        elif draw(st.integers(0, 7)):
+            where = {"where": "nll", "per": "where"} if draw(st.booleans()) else {}
+            terms["stored"] = Summand(draw(one("penalty")), 0.5, stream="regulariser", **where)
+    return found
 
 
 def owning(draw: st.DrawFn, item: Any, terms: dict[str, Any]) -> Any:
@@ -246,19 +268,20 @@ def tiny_step(method: Method, max_tokens: int) -> dict[str, torch.Tensor]:
     rows = sampled()
     known = Engine(models).measure([LogProb(of=("old",))], rows)[LogProb(of=("old",))]
     rows = rows.with_(logp={"behaviour": known - 0.05 * uniforms(rows.row, 7)[:, None].float() * rows.mask})
+    rows = with_replay(rows, method)
     before = Engine({**models, "policy": models["old"]}, heads, max_tokens=EVERYTHING)
     frozen = before.measure(method.frozen_needs(several_updates=True), rows, alias={"old": "policy"})
     states = method.initial_states()
     rows = method.prepare(rows, frozen, states)
     policy = models["policy"].module
     policy.zero_grad(set_to_none=True)
-    main = rows.main.nonzero().flatten()
+    main = (rows.main | (rows.stream == int(Stream.REGULARISER))).nonzero().flatten()
     loss, _ = Engine(models, heads, max_tokens=max_tokens).step(
         list(method.live_needs()),
         rows.select(main),
         frozen.select(main),
         partial(_loss, method, states),
-        additive=method.additive,
+        additive=method.splits(rows),
     )
     assert bool(loss.isfinite())
     modules = {"policy": policy, **heads}
@@ -287,6 +310,24 @@ def assert_named(error: Exception, names: list[str]) -> None:
     assert {name.lower() for name in names} & spelled, f"names none of {names}: {error}"
 
 
+def with_replay(rows: Rows, method: Method) -> Rows:
+    """The rows, and beside them what the slot `replay` would bring: the first group once more, and rows of the other.
+
+    What who drew them has recorded is a bit off what they say now.
+    """
+    again, first = [], rows.group == rows.group.min()
+    told = {name: value - 0.1 * rows.mask for name, value in rows.logp.items()}
+    if method.replayed is not None:
+        columns = {**rows.columns, REPLAYED: torch.ones_like(first)}
+        again.append(rows.with_(logp=told, group=rows.group + 50, columns=columns).select(first))
+    if any(isinstance(item, Rehearsal) for item in method.replay.values()):
+        stream = torch.full_like(rows.stream, int(Stream.REGULARISER))
+        known = {**rows.logp, "stored": told["behaviour"]}
+        kept = rows.with_(logp=known, group=rows.row, stream=stream, reward=None, label=None, columns={})
+        again.append(kept.select(~first & rows.main))
+    return joined([rows, *again])
+
+
 def names_of(drawn: dict[str, Any]) -> list[str]:
     """Slots, names, parts and arguments of a combination."""
     out = [*drawn, "reward", "rewards", "column", "columns", "model", "head"]
@@ -304,7 +345,8 @@ def check(drawn: dict[str, Any]) -> None:
     seen["drawn"] += 1
     try:
         method = composed(drawn)
-        exact = outcome(method, enumerated())
+        rows = with_replay(enumerated(), method)
+        exact = outcome(method, rows, additive=method.splits(rows))
     except REFUSALS as error:
         assert_named(error, names_of(drawn))
         seen["refused on the exact world"] += 1
@@ -312,8 +354,10 @@ def check(drawn: dict[str, Any]) -> None:
     else:
         assert bool(exact.loss.isfinite())
         for max_tokens in (16, 40):
-            assert_equal(outcome(method, enumerated(), max_tokens=max_tokens).grads, exact.grads, 1e-9)
+            found = outcome(method, rows, max_tokens=max_tokens, additive=method.splits(rows))
+            assert_equal(found.grads, exact.grads, 1e-9)
         seen["exact"] += 1
+        seen["with replay"] += bool(method.replay)
     if method is None:
         return
     try:
@@ -339,7 +383,7 @@ QUICK = settings(
 def test_combinations():
     seen.clear()
     QUICK(given(slots())(check))()
-    assert seen["exact"] >= 0.4 * seen["drawn"] and seen["tiny"] >= 0.4 * seen["drawn"], seen
+    assert seen["exact"] >= 0.4 * seen["drawn"] and seen["tiny"] >= 0.4 * seen["drawn"] and seen["with replay"], seen
 
 
 @TYPES

@@ -61,7 +61,9 @@ def check_order(method: Method, reference: Outcome) -> None:
 def check_weight(method: Method, weights: tuple[int, int]) -> None:
     """A group of weight w equals w groups; one of weight 0 is not there."""
     rows = rows_for(method)
-    times = {group: weights[group % 10] for group in rows.group.unique().tolist()}  # candidates and stored rows as their prompt
+    times = {
+        group: weights[group % 10] for group in rows.group.unique().tolist()
+    }  # candidates and stored rows as their prompt
     weight = torch.tensor([times[group] for group in rows.group.tolist()], dtype=rows.weight.dtype)
     weighted = outcome(method, rows.with_(weight=weight))
     assert_same(weighted, outcome(method, repeated(rows, times)))
