@@ -242,7 +242,7 @@ def test_no_replay_is_the_method_without():
 
 def test_the_step_does_not_depend_on_slices():
     made = recipe_named("grpo_replay")(weighting="sequence", num_generations=4)
-    rows = rows_for(made)
+    rows = rows_for(recipe_named("grpo")())
     again = rows.with_(group=rows.group + 9, columns={REPLAYED: torch.ones(len(rows), dtype=torch.bool)})
     both = joined([rows, again])
     assert made.additive and not made.splits(both) and made.splits(rows)
