@@ -99,7 +99,7 @@ class Answer:
 
 
 def answer(wish: Wish, evidence: Evidence, arms: Sequence[Arm]) -> Answer:
-    """The best by its mean, and those whose difference to it has an interval that includes 0."""
+    """The one that is furthest ahead of grpo, and those whose difference to it has an interval that includes 0."""
     grpo = Arm("grpo", wish.task)
     found = []
     for arm in arms:
@@ -107,8 +107,9 @@ def answer(wish: Wish, evidence: Evidence, arms: Sequence[Arm]) -> Answer:
             continue
         value = evidence.measure(arm, wish.measure)
         allowed = not wish.equal or evidence.difference(arm, grpo, "pass@1").value > -EQUAL
-        if math.isfinite(value.value) and allowed:
-            found.append((wish.sign * value.value, arm, value))
+        ahead = evidence.difference(arm, grpo, wish.measure).value if evidence.has(grpo) else value.value
+        if math.isfinite(ahead) and allowed:  # on the seeds that both have: some seeds are luckier than others
+            found.append((wish.sign * ahead, arm, value))
     if not found:
         return Answer(wish)
     found.sort(key=lambda entry: -entry[0])
