@@ -29,6 +29,7 @@ def main() -> None:
     """Serve until the pipe is closed."""
     import runs
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM  # noqa: F401 (here once, not in each)
 
     import keel.train.entry  # noqa: F401
     from keel.recipes.registry import recipes
