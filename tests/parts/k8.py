@@ -1,5 +1,6 @@
 """K8: two prompts with four completions each, 20 tokens, numbers worked out by hand; the padding holds garbage."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -68,3 +69,17 @@ def k8_loss(method: Method, dtype: torch.dtype = torch.float64) -> tuple[Tensor,
     loss = method.loss(rows, stats, method.initial_states())
     (grad,) = torch.autograd.grad(loss, stats[LogProb()])
     return loss.detach(), grad
+
+
+def assert_gradient_of_value(method: Method) -> None:
+    """The gradient on K8 is that of the loss's value, by central differences at every token."""
+    _, grad = k8_loss(method)
+    stats = k8_stats()
+    rows = method.prepare(k8_rows(), stats, {})
+    live = stats[LogProb()].detach()
+    for b, t in MASK.nonzero().tolist():
+        step = torch.zeros_like(live)
+        step[b, t] = 1e-6
+        up = method.loss(rows, stats.merged({LogProb(): live + step}), {})
+        down = method.loss(rows, stats.merged({LogProb(): live - step}), {})
+        assert float(up - down) / 2e-6 == pytest.approx(float(grad[b, t]), abs=1e-8)

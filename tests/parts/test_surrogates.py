@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tests.parts.k8 import ALIKE, MASK, OLD_BEHAVIOUR, k8_loss, k8_method, k8_rows, k8_stats
+from tests.parts.k8 import ALIKE, MASK, OLD_BEHAVIOUR, assert_gradient_of_value, k8_loss, k8_method, k8_rows, k8_stats
 
 from keel.core.aggregate import Aggregation, masked_mean
 from keel.parts.advantages.group import GroupCentre
@@ -84,17 +84,7 @@ def test_gradient(name):
 @pytest.mark.parametrize("name", ["ppo", "dual clip", "clip higher", "unclipped", "reinforce", "tis sequence"])
 def test_gradient_by_finite_differences(name):
     """Of the losses whose gradient is that of their value."""
-    method, _ = LOSSES[name]
-    _, grad = k8_loss(method)
-    stats = k8_stats()
-    rows = method.prepare(k8_rows(), stats, {})
-    live = stats[LogProb()].detach()
-    for b, t in MASK.nonzero().tolist():
-        step = torch.zeros_like(live)
-        step[b, t] = 1e-6
-        up = method.loss(rows, stats.merged({LogProb(): live + step}), {})
-        down = method.loss(rows, stats.merged({LogProb(): live - step}), {})
-        assert float(up - down) / 2e-6 == pytest.approx(float(grad[b, t]), abs=1e-8)
+    assert_gradient_of_value(LOSSES[name][0])
 
 
 def test_sequence_ratio_is_the_geometric_mean():
