@@ -54,7 +54,7 @@ class Proxy:
     """Countdown's prompts with a reward that can be over-optimised; the true one is the hidden function `gold`.
 
     Before training the proxy is 1.25 on average and gold 0.36. GRPO without a KL finds the loophole: gold rises to 0.40
-    by step 18 and is below 0.01 from step 45 on, while the proxy goes on to 2.1; with beta 0.1 gold is at 0.40.
+    by step 18 and is below 0.01 from step 45 on, while the proxy goes on to 2.1; with beta 0.1 gold is at 0.39.
 
     Args:
         held_out: number of held-out examples.
