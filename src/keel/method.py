@@ -27,6 +27,7 @@ from keel.parts.terms.surrogate import LIMIT, LogLikelihood, Surrogate
 from keel.rollouts.rollout import Rollout
 from keel.statistics.functionals import Functional, LogProb
 from keel.statistics.stats import Stats
+from keel.tasks.preferences import Kind
 
 States = dict[str, Any]
 CHAINS = ("rewards", "transforms", "advantage", "heads", "masks", "weights", "terms", "models", "controllers", "replay")
@@ -206,6 +207,21 @@ class Method:
         return self.additive and bool(rows.fresh.all())
 
     @property
+    def reads(self) -> Kind | None:
+        """What the terms compare in data from a file: pairs, labels or lists; None for rows that are not compared.
+
+        Raises:
+            MethodError: two terms read data of different kinds.
+        """
+        if self.kind not in ("pairs", "reward"):
+            return None
+        found = {n: t.reads for n, t in self._active_terms().items() if hasattr(t, "reads")}
+        if len(set(found.values())) > 1:
+            said = " and ".join(f"'{name}' reads {kind}" for name, kind in found.items())
+            raise MethodError(said, "terms", "One method learns from data of one kind.")
+        return next(iter(found.values()), "pairs")
+
+    @property
     def replayed(self) -> Replay | None:
         """The part that brings rows of earlier batches back, if there is one."""
         return next((item for item in self.replay.values() if isinstance(item, Replay) and item.share > 0), None)
@@ -226,7 +242,7 @@ class Method:
 
     def _prepared(self, rows: Rows, stats: Stats, states: States) -> Rows:
         transforms = dict(self.transforms)
-        if not any(isinstance(item, WeightedSum) for item in transforms.values()):
+        if rows.reward is not None and not any(isinstance(item, WeightedSum) for item in transforms.values()):
             transforms["weighted_sum"] = WeightedSum()
         for slot, chain in (("transforms", transforms), ("advantage", self.advantage)):
             for name, item in chain.items():
@@ -351,7 +367,7 @@ class Method:
     # -- checks --------------------------------------------------------------------------------------------------
 
     def _active_terms(self) -> dict[str, Any]:
-        return {n: t for n, t in self.terms.items() if not (isinstance(t, Summand) and t.coef == 0)}
+        return {n: t for n, t in self.terms.items() if getattr(t, "coef", 1.0) != 0}
 
     def _masked(self, rows: Rows, stats: Stats, states: States) -> Rows:
         if not self.masks:

@@ -167,7 +167,9 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
     if checkpoint is None or not (path / "config.yaml").exists():
         write_text(path / "config.yaml", config.to_yaml())
     _check_initial(path, initial, setup, fresh=checkpoint is None)
-    session = build_session(config, setup.task, policy, setup.rewards, initial if checkpoint is not None else None)
+    session = build_session(
+        config, setup.task, policy, setup.rewards, initial if checkpoint is not None else None, setup.preferences
+    )
     session.path, session.store, session.report = path, store, report
     for name, item in config.method.controllers.items():
         if getattr(item, "seeded", False):  # one that draws
@@ -185,7 +187,7 @@ def _carry_out(setup: Setup, session: Session, report: Reporter) -> Run:
     assert store is not None and run_id is not None and path is not None
     report("start", {"config": config, "session": session})
     measured = {e.phase: Evaluation.from_json(e.evaluation) for e in store.evaluations(run_id)}
-    wanted = config.evaluate if session.rewards or config.method.kind == "supervised" else None
+    wanted = config.evaluate if session.rewards or config.method.kind != "online" else None
     fresh = session.position.step == 0 and "before" not in measured
     if wanted is not None and wanted.before and fresh and (found := _measure(session, setup, "before", report)):
         measured["before"] = found

@@ -75,6 +75,8 @@ def update_metrics(session: Any, rows: Rows, stats: Stats) -> dict[str, float]:
     out |= kl_metrics(rows, stats)
     if method.surrogate is not None:
         out |= method.surrogate.metrics(rows, stats)
+    for item in method.terms.values():
+        out |= item.metrics(rows, stats) if hasattr(item, "metrics") else {}
     if "behaviour" in rows.logp and LogProb() in stats:
         own = at_rollout_temperature(rows, method)
         sampled = [stats[f] for f in sampled_log_probs(method)]

@@ -6,13 +6,14 @@
                              -> step
     observe, once a batch:   parts with memory, controllers and moving models read what happened
 
-Data from files enters after the rollout: its rows come from `prepare_supervised`, all else is the same code.
+Data from files enters after the rollout: its rows come from `given_batch`, all else is the same code.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from keel.rollouts.episodes import Played
 from keel.statistics.functionals import Entropy, Functional, LogProb
 from keel.statistics.stats import Stats
 from keel.tasks.environment import InteractiveTask
-from keel.tasks.task import Example, Text
+from keel.tasks.task import Example, Text, completion_text
 from keel.train.checkpoint import keep_batch, save_checkpoint
 from keel.train.encode import Truncated, demonstration_rows, supervised_rows
 from keel.train.episodes import demonstrations
@@ -40,6 +41,7 @@ from keel.train.observe import (
     stored_rollouts,
     update_metrics,
 )
+from keel.train.preferences import preference_rows
 from keel.train.preview import step_within
 from keel.train.references import with_references
 from keel.train.replay import begin, beside, left, remember
@@ -103,12 +105,12 @@ def due(step: int, every: int) -> bool:
 def prepare(session: Session) -> Batch:
     """Rows with advantages, and the frozen statistics."""
     online = session.method.kind == "online"
-    batch = rollout_batch(session) if online else prepare_supervised(session)
+    batch = rollout_batch(session) if online else given_batch(session)
     fresh = batch.rows.to(session.policy.device)
     rows, replayed, more = beside(session, fresh)
     needs = session.method.frozen_needs(session.several_updates)
     frozen = session.engine.measure(needs, rows, alias={"old": "policy"})
-    rows = session.method.prepare(rows, frozen, session.states) if online else rows
+    rows = session.method.prepare(rows, frozen, session.states)
     _keep_old_weights(session)
     return Batch(rows, frozen, batch.metrics | more, batch.texts, fresh=fresh, replayed=replayed)
 
@@ -203,15 +205,16 @@ def score_round(
     return rows, said, scores.failed.to(rows.device), metrics
 
 
-def next_examples(session: Session, count: int) -> list[Example]:
-    """The next prompts, in an order that the seed decides for each pass over the data."""
-    examples, size = session.task.train, len(session.task.train)
+def next_examples(session: Session, count: int, data: Sequence[Any] | None = None) -> list[Any]:
+    """The next prompts, in an order that the seed decides for each pass over the data: the task's, or those given."""
+    examples = session.task.train if data is None else data
+    size = len(examples)
     if not size:
         raise DataError("there are no examples to train on", session.task.name)
     gone = left(session)
     if len(gone) >= size:
         raise TrainingError("every prompt has left the ones to train on", session.task.name, "Set leave=false.")
-    out: list[Example] = []
+    out: list[Any] = []
     while len(out) < count:
         epoch, i = divmod(session.position.drawn, size)
         example = examples[_order(session, size, epoch)[i]]
@@ -233,6 +236,23 @@ def tied_rows(rows: Rows) -> Tensor:
     total = torch.nansum(rows.reward, 1)
     groups = Groups.of(rows)
     return groups.broadcast(groups.tied(total) & (groups.sum(groups.weight) > 0))
+
+
+def given_batch(session: Session) -> Batch:
+    """The next rows of a file: preferences for methods that compare completions, given completions for all others."""
+    return prepare_preferences(session) if session.preferences is not None else prepare_supervised(session)
+
+
+def prepare_preferences(session: Session) -> Batch:
+    """The next prompts with all completions that were compared."""
+    assert session.preferences is not None
+    train, position = session.config.train, session.position
+    drawn = next_examples(session, train.batch_size, session.preferences.train)
+    limit = train.max_length or session.policy.context_length
+    known = (session.preferences.kind, session.encoder, limit, session.config.seed, position.step)
+    rows, cut = preference_rows(drawn, *known)
+    texts = [(p.prompt, completion_text(completion)) for p in drawn for completion in p.completions]
+    return _given(session, rows, cut, texts)
 
 
 def prepare_supervised(session: Session) -> Batch:

@@ -24,6 +24,7 @@ from keel.rollouts.sampling import Generator
 from keel.statistics.engine import Engine
 from keel.store.store import Store
 from keel.tasks.environment import InteractiveTask
+from keel.tasks.preferences import Preferences
 from keel.tasks.task import RewardFunction, Task, hidden_rewards
 from keel.train.configuration import Configuration
 from keel.train.encode import Encoder
@@ -79,6 +80,7 @@ class Session:
     optimiser: Optimiser
     states: States
     controller_states: dict[str, Any]
+    preferences: Preferences | None = None  # what is compared, for methods that learn from comparisons
     store: Store | None = None
     run_id: int | None = None
     path: Path | None = None
@@ -121,6 +123,7 @@ def build_session(
     policy: LanguageModel,
     rewards: Mapping[str, Any] | None = None,
     initial: LanguageModel | None = None,
+    preferences: Preferences | None = None,
 ) -> Session:
     """A session at step 0.
 
@@ -130,6 +133,7 @@ def build_session(
         policy: the model to train.
         rewards: functions by name, which replace the task's own.
         initial: the model before training, where `policy` is past that.
+        preferences: for methods that learn from comparisons in a file.
 
     Raises:
         ConfigError: no reward function for an online method, or a setting that does not fit the model.
@@ -174,6 +178,7 @@ def build_session(
         optimiser=Optimiser(policy_parameters, head_parameters, train, updates),
         states=method.initial_states(),
         controller_states={name: item.init() for name, item in method.controllers.items()},
+        preferences=preferences,
     )
 
 

@@ -13,10 +13,13 @@ from keel.models.language import LanguageModel
 from keel.models.load import load
 from keel.tasks.data import DataTask, load_data
 from keel.tasks.load import load_task
+from keel.tasks.preference_data import load_preferences, prompts_of
+from keel.tasks.preferences import Kind, Preferences
 from keel.tasks.repeats import with_options
 from keel.tasks.task import Task
 from keel.train.base import ensure_base
 from keel.train.checkpoint import newest_sound
+from keel.train.comparisons import built_in_preferences
 from keel.train.configuration import TINY, Configuration, Request, read_file, resolve, settings_of_task
 from keel.train.session import Reporter, silent
 from keel.train.settings import ModelSettings, TaskSettings
@@ -34,6 +37,7 @@ class Setup:
     source: Any  # a folder or hub name, or a model in memory
     tokenizer: Any = None
     rewards: Mapping[str, Any] | None = None
+    preferences: Preferences | None = None  # for methods that learn from comparisons
 
 
 def prepare_setup(
@@ -67,14 +71,30 @@ def prepare_setup(
         name=name,
     )
     chosen = settings_of_task(request)
-    loaded = task if task is not None and not isinstance(task, str) else open_task(chosen, data, seed or 0)
+    reads = resolve(request).method.reads
+    preferences = None
+    if reads is not None and (data is not None or chosen.data is not None):
+        preferences = open_preferences(chosen, data, reads, seed or 0)
+        loaded: Task = prompts_of(preferences)
+    else:
+        loaded = task if task is not None and not isinstance(task, str) else open_task(chosen, data, seed or 0)
     resolved = resolve(request, loaded)
     if resolved.task.name is None and resolved.task.data is None:
         resolved = _with_default_task(resolved)
     source: Any = model if resolved.model.path == IN_MEMORY else resolved.model.path
     if resolved.model.path == TINY:
         source = ensure_base(_base_task(loaded), report=report)
-    return Setup(resolved, loaded, source, tokenizer, given)
+    if reads is not None and preferences is None:
+        preferences = built_in_preferences(loaded, reads, report=report)
+    return Setup(resolved, loaded, source, tokenizer, given, preferences)
+
+
+def open_preferences(settings: TaskSettings, data: Any, reads: Kind, seed: int) -> Preferences:
+    """The comparisons of one's own data."""
+    given = data if data is not None else settings.data
+    if given == IN_MEMORY:
+        raise RunError("its data were given in memory", "data", "Give the same data again.")
+    return load_preferences(given, reads, settings.held_out, seed)
 
 
 def open_task(settings: TaskSettings, data: Any, seed: int) -> Task:
