@@ -18,8 +18,10 @@ from keel.parts.replay.rehearsal import Rehearsal
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import Functional, LogProb, Value
 from keel.statistics.stats import Stats
+from keel.verify.pairs import preference_rows
 from keel.verify.world import World
 
+KINDS = ("online", "supervised", "pairs")
 EVERYTHING = 1 << 30  # tokens: one micro-batch
 
 
@@ -50,7 +52,7 @@ def expected_update(
     Raises:
         ValueError: the rows of this kind of method do not come from a world.
     """
-    if method.kind not in ("online", "supervised"):
+    if method.kind not in KINDS:
         raise ValueError(f"methods of kind '{method.kind}' have no rows in this world")
     everything = batch_for(method, world)
     models = {name: world.table(name, dtype) for name in ("policy", "old", *method.models)}
@@ -71,6 +73,8 @@ def batch_for(method: Method, world: World) -> Rows:
     """The rows that a method of this kind learns from, enumerated."""
     if method.kind == "supervised":
         return world.rows("data").with_(reward=None)
+    if method.reads is not None:
+        return preference_rows(world, method.reads)
     rows = world.rows("old")
     rows = rows.with_(logp={"behaviour": _token_log_probs(world.table("old"), rows)})
     return with_greedy(method, world, rows)
@@ -112,7 +116,7 @@ def _prepared(
     frozen = before.measure([f for f in needs if not isinstance(f, Value)], rows, alias={"old": "policy"})
     critics = [f for f in dict.fromkeys((*needs, *method.update_needs())) if isinstance(f, Value)]
     frozen = frozen.merged({f: _exact_values(method, world, rows, frozen, f.head) for f in critics})
-    return (method.prepare(rows, frozen, states) if method.kind == "online" else rows), frozen
+    return method.prepare(rows, frozen, states), frozen
 
 
 def _remembered(method: Method, world: World, rows: Rows, models: dict[str, TabularPolicy]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from keel.verify.batches import situations
 from keel.verify.fixed_point import fixed_point, total_variation
 from keel.verify.identify import Identifier
 from keel.verify.objectives import Objective
-from keel.verify.population import expected_update, with_greedy
+from keel.verify.pairs import learnt_scores, minimiser, stationarity
+from keel.verify.population import KINDS, expected_update, with_greedy
 from keel.verify.world import World, random_world
 
 TOLERANCE = 1e-6  # relative error of a gradient that is called exact
@@ -145,16 +146,22 @@ def verify_recipe(
     claim = method.claim
     found = Verification(recipe.name, dict(given), claim.objective if claim else "none claimed", NOTHING)
     objective = None if claim is None else objective_of(claim, recipe, given)
-    if objective is not None:
+    if objective is not None and method.kind == "reward":
+        _check_scores(found, method)
+    elif objective is not None and method.kind == "pairs":
+        _check_minimum(found, method, objective, full)
+    elif objective is not None:
         _check_gradient(found, method, objective)
         if method.kind == "online":
             _check_groups(found, method, objective, full)
         if full:
             _check_fixed_point(found, method, objective)
+    learns = method.kind in KINDS
     if claim is not None:
         _check_invariances(found, method, claim)
-    _check_reduction(found, recipe)
-    if full:
+    if learns:
+        _check_reduction(found, recipe)
+    if full and learns:
         found.bf16_relative_error = _precision(method)
     if objective is not None:
         found.status = SHORT if found.reasons else HOLDS
@@ -223,6 +230,33 @@ def _check_gradient(found: Verification, method: Method, objective: Objective) -
     found.off_policy_relative_error = found.comparisons[-1].relative_error
     if worst.relative_error > TOLERANCE:
         found.reasons.append(f"the expected gradient misses that of the objective by {worst.relative_error:.1%}")
+
+
+def _check_minimum(found: Verification, method: Method, objective: Objective, full: bool) -> None:
+    """Of comparisons: the loss is at rest at the stated optimum, and its minimum is there."""
+    left = {name: stationarity(method, worlds()[name], objective.optimum(worlds()[name])) for name in ("near", "far")}
+    found.gradient_relative_error = max(left.values())
+    if found.gradient_relative_error > TOLERANCE:
+        found.reasons.append(f"at the stated optimum {found.gradient_relative_error:.1%} of its gradient is left")
+    if full:
+        reached = minimiser(method, worlds()["far"])
+        found.fixed_point_tv = total_variation(reached.log_probs(), objective.optimum(reached))
+        if found.fixed_point_tv > FIXED_POINT:
+            found.reasons.append(f"its minimum is {found.fixed_point_tv:.3f} in total variation from the optimum")
+
+
+def _check_scores(found: Verification, method: Method) -> None:
+    """Of reward models: the scores that minimise the loss are the rewards, up to a constant of each prompt.
+
+    Both tilt the reference, which takes the constant out, and the two tilts are compared.
+    """
+    world = worlds()["far"]
+    learnt, right = ((world.log_probs("ref") + r).log_softmax(-1) for r in (learnt_scores(method, world), world.reward))
+    found.fixed_point_tv = total_variation(learnt, right)
+    if found.fixed_point_tv > FIXED_POINT:
+        found.reasons.append(
+            f"the tilt by its scores is {found.fixed_point_tv:.3f} in total variation from the right one"
+        )
 
 
 def _check_groups(found: Verification, method: Method, objective: Objective, full: bool) -> None:
