@@ -27,7 +27,10 @@ from keel.parts.advantages.group import GroupCentre
 from keel.parts.advantages.stream import GAE
 from keel.parts.replay.memory import joined
 from keel.parts.replay.rehearsal import Rehearsal
+from keel.parts.terms.links import LogSigmoid
+from keel.parts.terms.pairs import Link, PairLoss, Score, Side
 from keel.parts.terms.penalties import Summand
+from keel.parts.terms.scores import HeadScore, LogRatio
 from keel.parts.terms.surrogate import Clipped, Surrogate
 from keel.recipes.registry import recipes
 from keel.rollouts.rollout import Rollout
@@ -119,10 +122,14 @@ def rows_for(method: Method) -> Rows:
     rows = rows.with_(reward=None, logp={}, stop=torch.full_like(rows.stop, int(Stop.DATA)))
     if method.kind not in ("pairs", "reward"):
         return rows
-    n, half = 2 * SPACE.prompts, len(rows) // SPACE.prompts // 2
+    half = len(rows) // SPACE.prompts // 2
     place = torch.arange(len(rows)).reshape(SPACE.prompts, 2, half).transpose(0, 1).reshape(2, -1)
-    ones = torch.ones(n, dtype=torch.float64)
-    return rows.with_(pairs=Pairs(place[0][:n], place[1][:n], ones, ones, ones, 0 * ones))
+    ones = torch.ones(place.shape[1], dtype=torch.float64)
+    position = torch.arange(len(rows)) % (2 * half)  # the first half of a group is better than the second
+    known = {"score": (2 * half - position).double(), "position": position}
+    best = rows.mask & (position == 0)[:, None]
+    rows = rows.with_(columns={**rows.columns, **known}, masks={**rows.masks, "nll": best})
+    return rows.with_(pairs=Pairs(place[0], place[1], ones, ones, ones, 0 * ones))
 
 
 def with_candidates(rows: Rows, method: Method) -> Rows:
@@ -235,8 +242,7 @@ def outcome(
     before = Engine({**models, "policy": models["old"]}, heads, **sizes)
     frozen = before.measure(method.frozen_needs(several_updates=measured), rows, alias={"old": "policy"})
     states = method.initial_states()
-    if method.kind == "online":
-        rows = method.prepare(rows, frozen, states)
+    rows = method.prepare(rows, frozen, states)
     engine = Engine(models, heads, **sizes)
     standing_in = [f for f in method.update_needs() if f.of == ("old",) and f not in frozen]
     live = dict.fromkeys([*method.live_needs(), *(dataclasses.replace(f, of=("policy",)) for f in standing_in)])
@@ -338,6 +344,8 @@ def method_with(cls: type) -> Case | None:
     if slot is None:
         return None
     item = cls(**_required(cls))
+    if slot == "terms" and (term := _comparing(item)) is not None:
+        return _pair_case(cls, term)
     needs = getattr(item, "needs", ())
     heads = {name: Critic() for name in getattr(item, "heads_read", ())}
     slots: dict[str, Any] = {
@@ -372,7 +380,35 @@ def _required(cls: type) -> dict[str, Any]:
     needed = [
         f.name for f in dataclasses.fields(cls) if f.init and f.default is missing and f.default_factory is missing
     ]
-    return {name: {int: 2, float: 0.5, str: "ref"}[hints[name]] for name in needed}
+    usual = {int: 2, float: 0.5, str: "ref", Link: LogSigmoid(), Score: LogRatio()}
+    return {name: usual[hints[name]] for name in needed}
+
+
+def _comparing(item: Any) -> Any:
+    """The loss in which a part of a comparison stands; None for parts of other kinds."""
+    hints = typing.get_type_hints(type(item).__call__)
+    names = [name for name in hints if name != "return"]
+    if hasattr(item, "reads"):
+        return item
+    if names[:2] == ["chosen", "rejected"]:
+        if hints["chosen"] is Side:
+            return PairLoss(LogSigmoid(), LogRatio(), weight=item)
+        return PairLoss(item, LogRatio(), 0.5)
+    if names == ["log_ratio"]:
+        return PairLoss(LogSigmoid(), LogRatio(map=item), 0.5)
+    if names != ["side"]:
+        return None
+    if _shape(type(item)) == "N T":
+        return PairLoss(LogSigmoid(), LogRatio(weight=item), 0.5)
+    if isinstance(item, (LogRatio, HeadScore)):
+        return PairLoss(LogSigmoid(), item, 0.5)
+    return PairLoss(LogSigmoid(), LogRatio(features=(item,)), 0.5)
+
+
+def _pair_case(cls: type, term: Any) -> Case:
+    heads = {name: Critic() for name in getattr(term, "heads_read", ())}
+    models = {name: Initial() for f in term.needs for name in f.of if name not in ALWAYS}
+    return Case(f"part-{part_name(cls)}", Method(kind="pairs", terms={"part": term}, heads=heads, models=models))
 
 
 def _shape(cls: type) -> str | None:

@@ -3,6 +3,7 @@
 A recipe that is registered, and a part that is registered, is tested here without a further line.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cache
 
@@ -65,8 +66,10 @@ def check_weight(method: Method, weights: tuple[int, int]) -> None:
         group: weights[group % 10] for group in rows.group.unique().tolist()
     }  # candidates and stored rows as their prompt
     weight = torch.tensor([times[group] for group in rows.group.tolist()], dtype=rows.weight.dtype)
-    weighted = outcome(method, rows.with_(weight=weight))
-    assert_same(weighted, outcome(method, repeated(rows, times)))
+    heavy = rows.with_(weight=weight)
+    if rows.pairs is not None:  # the weight of a comparison is that of its group
+        heavy = heavy.with_(pairs=dataclasses.replace(rows.pairs, measure=weight[rows.pairs.chosen]))
+    assert_same(outcome(method, heavy), outcome(method, repeated(rows, times)))
 
 
 @EACH
