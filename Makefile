@@ -9,7 +9,7 @@ PYTEST   := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BI
 DECLARED := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow mutation lint format bench samplers methods docs dist clean
+.PHONY: help install demo test test-slow mutation lint format bench samplers methods preferences docs dist clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ samplers: install  ## measure every sampler on countdown, write docs/sampling.md
 
 methods: install  ## run the cells of the comparison that are missing or stale, write docs/methods.md (hours the first time; MINUTES=60)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.methods --vouch --write $(if $(MINUTES),--budget $(MINUTES))
+
+preferences: install  ## run every loss of comparisons on the same pairs, write docs/pairs.md (some 30 minutes the first time; MINUTES=60)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.preference_losses --write $(if $(MINUTES),--budget $(MINUTES))
 
 docs: $(VENV)/.installed-docs  ## verify all recipes, write what was found, build the documentation into site/
 	OMP_NUM_THREADS=1 $(BIN)/python -m keel.verify.page docs
