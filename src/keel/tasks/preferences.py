@@ -30,6 +30,7 @@ class Preference:
         margin: by which the chosen completion of a pair leads, as the data state it.
         domain: name of the part of the data that it belongs to.
         columns: every other column.
+        ratings: what the data say of each completion of a pair beside its order; None where they say nothing.
     """
 
     prompt: Text
@@ -41,6 +42,7 @@ class Preference:
     margin: float = 0.0
     domain: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
+    ratings: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
