@@ -16,7 +16,7 @@ from keel.core.aggregate import ratio
 from keel.core.errors import MethodError
 from keel.core.registry import part
 from keel.core.rows import Pairs, Rows
-from keel.statistics.functionals import Functional
+from keel.statistics.functionals import Functional, LogProb
 from keel.statistics.stats import Stats
 
 Noise = Literal["conservative", "robust"]
@@ -71,7 +71,10 @@ class Side:
 class Score(Protocol):
     """What a completion earns, [N]; `difference_only` where a constant of its prompt is undetermined."""
 
-    difference_only: bool
+    @property
+    def difference_only(self) -> bool:
+        """Whether a constant of the prompt is undetermined."""
+        ...
 
     def __call__(self, side: Side) -> Float[Tensor, "N"]:
         """The score of each completion, before beta."""
@@ -82,7 +85,10 @@ class Score(Protocol):
 class Link(Protocol):
     """A loss of two scores, [N]; `both` where it changes if the same number is added to both of them."""
 
-    both: bool
+    @property
+    def both(self) -> bool:
+        """Whether a common shift of both scores changes the loss."""
+        ...
 
     def __call__(
         self, chosen: Float[Tensor, "N"], rejected: Float[Tensor, "N"], offset: Float[Tensor, "N"]
@@ -114,8 +120,8 @@ class PairLoss:
     """coef * sum_i m_i c_i u_i L_i / sum_i m_i over the pairs of a batch.
 
         L     = p l(w, l, o) + (1 - p) l(l, w, -o)                                  conservative
-        L     = (p l(w, l, o) - (1 - p) l(l, w, -o)) / (2 p - 1)                    robust: unbiased under flipped labels
-        l     = link(beta S_w, beta S_l, o),    o = offset + margin * (the pair's own offset)
+        L     = (p l(w, l, o) - (1 - p) l(l, w, -o)) / (2 p - 1)                   robust: unbiased under flipped labels
+        l     = link(beta S_w, beta S_l, o),    o = offset + margin * gap
         p     = q (1 - eps) + (1 - q) eps,      q the pair's label, eps = label_smoothing
 
     m_i is the measure of a pair (it counts in the denominator), c_i its coefficient and u_i = sg(weight).
@@ -126,7 +132,8 @@ class PairLoss:
         beta: factor of the scores.
         rejected: S of the rejected side, where it differs.
         offset: by which the chosen score has to lead, in units of the link.
-        margin: factor of the offset that the data state for each pair; 0 leaves it out.
+        margin: factor of the gap; 0 leaves it out.
+        gap: a number of each pair, held constant; None takes the offset that the data state for it.
         label_smoothing: eps, the share of pairs whose order is taken to be wrong.
         noise: how labels that are not certain enter.
         weight: u, a factor of each pair.
@@ -137,7 +144,7 @@ class PairLoss:
 
     Raises:
         MethodError: a link that is not invariant to a common shift of both scores, with scores that are known only up
-            to a constant of the prompt.
+            to a constant of the prompt, or with such scores that are scaled apart.
         ValueError: a label smoothing outside [0, 0.5), beta of 0, or an unknown kind of noise.
 
     Source: the common form of DPO and its relatives.
@@ -149,6 +156,7 @@ class PairLoss:
     rejected: Score | None = None
     offset: float = 0.0
     margin: float = 0.0
+    gap: PairWeight | None = None
     label_smoothing: float = 0.0
     noise: Noise = "conservative"
     weight: PairWeight | None = None
@@ -170,6 +178,9 @@ class PairLoss:
                     type(self.link).__name__,
                     "Take a link of their difference, such as log_sigmoid, or the score of the reverse KL.",
                 )
+        if len({getattr(score, "scale", 1.0) for score in self._scores if score.difference_only}) > 1:
+            what = "the constant of the prompt that these scores leave open cancels only where their scales are equal"
+            raise MethodError(what, "rejected.scale", "Take the score of the reverse KL.")
 
     @property
     def _scores(self) -> tuple[Score, ...]:
@@ -177,9 +188,8 @@ class PairLoss:
 
     @property
     def needs(self) -> tuple[Functional, ...]:
-        """Those of the scores and of the weight."""
-        own = [f for item in (*self._scores, self.weight) for f in getattr(item, "needs", ())]
-        return tuple(dict.fromkeys(own))
+        """Those of the scores, of the weight and of the gap."""
+        return part_needs(*self._scores, self.weight, self.gap)
 
     @property
     def heads_read(self) -> tuple[str, ...]:
@@ -194,7 +204,8 @@ class PairLoss:
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, ""]:
         pairs = pairs_of(rows)
         first, second = self.scores(rows, stats)
-        offset = self.offset + self.margin * pairs.offset.to(first)
+        gap = pairs.offset if self.gap is None or not self.margin else self.gap(*sides(rows, stats, pairs)).detach()
+        offset = self.offset + self.margin * gap.to(first)
         label = pairs.label.to(first)
         right = label * (1 - self.label_smoothing) + (1 - label) * self.label_smoothing
         loss = self.link(first, second, offset)
@@ -212,7 +223,7 @@ class PairLoss:
 
     @torch.no_grad()
     def metrics(self, rows: Rows, stats: Stats) -> dict[str, Tensor]:
-        """What TRL logs of pairs: rewards/chosen, rewards/rejected, rewards/accuracies and rewards/margins."""
+        """What TRL logs of pairs: rewards/chosen, rejected, accuracies and margins; logps/chosen and rejected, sums."""
         pairs = pairs_of(rows)
         chosen, rejected = self.scores(rows, stats)
         measure = pairs.measure.to(chosen)
@@ -221,7 +232,11 @@ class PairLoss:
             return ratio((measure * values).sum(), measure.sum())
 
         right = (chosen > rejected).to(chosen) + 0.5 * (chosen == rejected).to(chosen)
-        return {
+        said = {}
+        if LogProb() in stats:
+            for name, side in zip(("chosen", "rejected"), sides(rows, stats, pairs), strict=True):
+                said[f"logps/{name}"] = mean(side.tokens(LogProb()).to(chosen).sum(1))
+        return said | {
             "rewards/chosen": mean(chosen),
             "rewards/rejected": mean(rejected),
             "rewards/accuracies": mean(right),
