@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from transformers.utils import logging
 
-from benchmarks import head, page, sampling, start, step
+from benchmarks import head, page, pairs, sampling, start, step
 from benchmarks.measuring import Row, as_json
 
 
@@ -25,6 +25,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
         yield from sampling.rows(**model, **turns, batch=arguments.batch)
     if wanted in ("all", "step"):
         yield from step.rows(**model, **turns, threads=arguments.threads)
+    if wanted in ("all", "pairs"):
+        yield from pairs.rows(**model, **turns, threads=arguments.threads)
 
 
 def line(row: Row) -> str:
@@ -37,7 +39,7 @@ def line(row: Row) -> str:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["all", "sampling", "step", "head", "start"])
+    parser.add_argument("what", nargs="?", default="all", choices=["all", "sampling", "step", "pairs", "head", "start"])
     parser.add_argument("--shape", choices=["1M", "10M"])
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--batch", type=int)

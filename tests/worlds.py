@@ -21,17 +21,21 @@ from keel.core.registry import PAPERS, part_class, part_name
 from keel.core.rows import REPLAYED, Pairs, Rows, Stop, Stream, cat
 from keel.exact.space import SequenceSpace, TabularPolicy
 from keel.method import ALWAYS, Method
+from keel.models.classifier import Classifier
 from keel.models.heads import Critic
 from keel.models.sources import Initial
 from keel.parts.advantages.group import GroupCentre
 from keel.parts.advantages.stream import GAE
 from keel.parts.replay.memory import joined
 from keel.parts.replay.rehearsal import Rehearsal
+from keel.parts.terms.degrees import DEGREE, DeletionDegree
 from keel.parts.terms.links import LogSigmoid
 from keel.parts.terms.pairs import Link, PairLoss, Score, Side
 from keel.parts.terms.penalties import Summand
-from keel.parts.terms.scores import HeadScore, LogRatio
+from keel.parts.terms.scores import Feature, HeadScore, LogRatio, TokenWeight
 from keel.parts.terms.surrogate import Clipped, Surrogate
+from keel.parts.terms.token_scores import DifferingTokens, SequentialKL
+from keel.parts.terms.unpaired import mismatched
 from keel.recipes.registry import recipes
 from keel.rollouts.rollout import Rollout
 from keel.statistics.engine import Engine
@@ -109,18 +113,21 @@ def online_rows(group_size: int = 4, baseline: bool = False) -> Rows:
     mask[int((rows.lengths > 2).nonzero()[0]), 1] = False
     label = (uniforms(rows.row, 102) > 0.5).double()
     spans = {"nll": mask & (rows.tokens != 1), "distil": mask}
-    return rows.with_(reward=torch.stack([right, form], 1), mask=mask, label=label, masks=spans)
+    known = {"win_rate": uniforms(rows.row, 103)}
+    return rows.with_(reward=torch.stack([right, form], 1), mask=mask, label=label, masks=spans, columns=known)
 
 
 def rows_for(method: Method) -> Rows:
     """Rows as the loop would hand them to a method of this kind."""
     greedy = method.rollout is not None and method.rollout.greedy_baseline
     rows = online_rows(baseline=greedy)
+    if any(hasattr(functional, "column") for functional in method.update_needs()):
+        rows = with_teacher(rows)
     if method.kind == "online":
         rows = rows if method.rollout is None or method.rollout.extra is None else with_candidates(rows, method)
         return with_stored(rows, method)
     rows = rows.with_(reward=None, logp={}, stop=torch.full_like(rows.stop, int(Stop.DATA)))
-    if method.kind not in ("pairs", "reward"):
+    if method.kind not in ("pairs", "reward") and not any(hasattr(term, "twin") for term in method.terms.values()):
         return rows
     half = len(rows) // SPACE.prompts // 2
     place = torch.arange(len(rows)).reshape(SPACE.prompts, 2, half).transpose(0, 1).reshape(2, -1)
@@ -129,7 +136,26 @@ def rows_for(method: Method) -> Rows:
     known = {"score": (2 * half - position).double(), "position": position}
     best = rows.mask & (position == 0)[:, None]
     rows = rows.with_(columns={**rows.columns, **known}, masks={**rows.masks, "nll": best})
-    return rows.with_(pairs=Pairs(place[0], place[1], ones, ones, ones, 0 * ones))
+    rows = rows.with_(pairs=Pairs(place[0], place[1], ones, ones, ones, 0 * ones))
+    if any(isinstance(term, DeletionDegree) for term in method.terms.values()):
+        copies = sample(table("copied"), 2, seed=5)
+        stream, degree = torch.full_like(copies.stream, int(Stream.REGULARISER)), torch.arange(len(copies)) % 4
+        return joined([rows, copies.with_(logp={}, stream=stream, group=copies.group + 30, columns={DEGREE: degree})])
+    if not method.reads_mismatched:
+        return rows
+    beside = mismatched(rows)
+    return joined([rows, beside.with_(group=beside.group - SPACE.prompts + 10)])
+
+
+def with_teacher(rows: Rows) -> Rows:
+    """The rows with two tokens that a teacher names at each position, and what else is read of stored teachers."""
+    first = torch.where(rows.tokens == 0, 1, 0)
+    shape = (*rows.tokens.shape, 3)
+    logp = (uniforms(rows.row.repeat_interleave(shape[1]), 103)[:, None] * torch.tensor([3.0, 1.0, 2.0])).reshape(shape)
+    logp = logp.double().log_softmax(-1)
+    known = {"teacher_ids": torch.stack([first, first + 1], -1), "teacher_logp": logp[..., :2]}
+    known |= {"teacher_rest": logp[..., 2], "target_share": uniforms(rows.row, 104).double()}
+    return rows.with_(columns={**rows.columns, **known})
 
 
 def with_candidates(rows: Rows, method: Method) -> Rows:
@@ -380,15 +406,23 @@ def _required(cls: type) -> dict[str, Any]:
     needed = [
         f.name for f in dataclasses.fields(cls) if f.init and f.default is missing and f.default_factory is missing
     ]
-    usual = {int: 2, float: 0.5, str: "ref", Link: LogSigmoid(), Score: LogRatio()}
+    usual = {int: 2, float: 0.5, str: "ref", **COMPARED}
     return {name: usual[hints[name]] for name in needed}
+
+
+COMPARED: dict[Any, Any] = {
+    Link: LogSigmoid(),
+    Score: LogRatio(),
+    Feature: SequentialKL(),
+    TokenWeight: DifferingTokens(),
+}  # what stands where a part of a comparison needs another
 
 
 def _comparing(item: Any) -> Any:
     """The loss in which a part of a comparison stands; None for parts of other kinds."""
     hints = typing.get_type_hints(type(item).__call__)
     names = [name for name in hints if name != "return"]
-    if hasattr(item, "reads"):
+    if hasattr(item, "reads") or hasattr(item, "twin"):
         return item
     if names[:2] == ["chosen", "rejected"]:
         if hints["chosen"] is Side:
@@ -406,7 +440,8 @@ def _comparing(item: Any) -> Any:
 
 
 def _pair_case(cls: type, term: Any) -> Case:
-    heads = {name: Critic() for name in getattr(term, "heads_read", ())}
+    head = Classifier() if isinstance(term, DeletionDegree) else Critic()
+    heads = {name: head for name in getattr(term, "heads_read", ())}
     models = {name: Initial() for f in term.needs for name in f.of if name not in ALWAYS}
     return Case(f"part-{part_name(cls)}", Method(kind="pairs", terms={"part": term}, heads=heads, models=models))
 

@@ -48,7 +48,7 @@ class Claim:
     Args:
         objective: in one line, as the paper has it.
         level: "sequence", "state" or "reference": over what the divergence is taken; per state, the visited states are
-            held fixed, those that the sampler or those that the reference visits.
+            held fixed, those that the sampler, the reference (a target, where there is one) or the data visit.
         divergence: a name that `f_divergence` reads, or None.
         beta: name of the recipe's argument that holds the coefficient, or the coefficient itself.
         form: which of the three.
@@ -57,7 +57,7 @@ class Claim:
     """
 
     objective: str
-    level: Literal["sequence", "state", "reference"] = "sequence"
+    level: Literal["sequence", "state", "reference", "data"] = "sequence"
     divergence: str | None = None
     beta: str | float | None = None
     form: Literal["reward", "target", "data"] = "reward"
@@ -111,6 +111,7 @@ class Method:
         self._check_models()
         self._check_masks_and_heads()
         self._check_phases()
+        self._check_taught()
         self._check_controllers()
         self._check_replay()
 
@@ -232,6 +233,11 @@ class Method:
         found = {n: t.coef for n, t in self.terms.items() if getattr(t, "stream", "main") == "regulariser"}
         return {name: coef for name, coef in found.items() if coef}
 
+    @property
+    def reads_mismatched(self) -> bool:
+        """Whether a term reads prompts with other prompts' completions, which then stand beside a batch of data."""
+        return any(getattr(term, "reads_mismatched", False) for term in self._active_terms().values())
+
     # -- the two phases ------------------------------------------------------------------------------------------
 
     def prepare(self, rows: Rows, stats: Stats, states: States) -> Rows:
@@ -280,6 +286,8 @@ class Method:
                 out[name] = item.coef * self.aggregation(penalty, rows, where, item.per or "batch")
                 if seen is not None:
                     noted[f"term/{name}"] = item.coef * (penalty if where is None else penalty.where(where, 0.0))
+            elif getattr(item, "reads_mismatched", False) and len(regular.rows):
+                out[name] = item(rows, stats, states[f"terms.{name}"], (regular.rows, regular.stats))
             else:
                 out[name] = _call(item, f"terms.{name}", rows, stats, states)
         fresh.note(noted, seen)
@@ -416,7 +424,7 @@ class Method:
                     what = f"{functional.name} reads the live policy, but this part runs before the update"
                     fix = "Read of=('old',) there, or make it a weight, a mask or a term."
                     raise MethodError(what, path, fix)
-        if self.surrogate is not None and not self.advantage and self.kind == "online":
+        if self.surrogate is not None and not self.advantage and self.kind in ("online", "distillation"):
             raise MethodError(
                 "a surrogate needs an advantage, but the chain is empty",
                 "advantage",
@@ -424,6 +432,18 @@ class Method:
             )
         if self.kind == "online" and self.rollout is None:
             raise MethodError("an online method needs a rollout", "rollout", "Give rollout=Rollout().")
+
+    def _check_taught(self) -> None:
+        given, written = (None, None) if self.rollout is None else (self.rollout.given, self.rollout.written)
+        if self.kind == "distillation" and self.rollout is not None and self.rollout.sampler is not None:
+            fix = "Leave rollout.sampler out, or use a recipe with a reward."
+            raise MethodError("a sampler follows a reward, and distillation has none", "rollout.sampler", fix)
+        if self.kind != "distillation" and (given or written):
+            what = "completions that are given or written by another model are for methods of kind distillation"
+            raise MethodError(what, "rollout", "Leave rollout.given and rollout.written out.")
+        if written is not None and written.model not in self.models:
+            what = f"there is no model '{written.model}' to write.{nearest(written.model, self.models)}"
+            raise MethodError(what, "rollout.written.model", f"Add it: models={{'{written.model}': Pretrained(path)}}.")
 
     def _check_controllers(self) -> None:
         owned: dict[str, str] = {}

@@ -40,7 +40,7 @@ def start(model: Any, runs: Path, recipe: Any = "grpo", report: Callable | None 
     import keel
 
     given = {**SETTINGS, "reward": length, "name": "run", **settings}
-    if recipe == "sft":
+    if recipe in ("sft", "dpo"):
         for key in ("num_generations", "rollout.max_completion_length", "rollout.num_prompts", "reward"):
             given.pop(key)
     given = {key: value for key, value in given.items() if value is not ...}

@@ -7,17 +7,20 @@ import signal
 import time
 
 import pytest
+from tests.promises.runs import DATA
 
 from keel.store.store import Store
 from keel.train.checkpoint import damage, newest_sound, save_checkpoint
 
 TIMED = ("step_time", "time/rollout", "time/reward")
+PAIRS = [{"prompt": row["prompt"], "chosen": row["answer"], "rejected": "+"} for row in DATA]
 SAVING = {"train.save_steps": 1, "train.save_total_limit": 2}
 RECIPES = {
     "grpo": {"max_steps": 8},
     "grpo_replay": {"recipe": "grpo_replay", "share": 0.5, "max_steps": 8},
     "dph_rl": {"recipe": "dph_rl", "threshold": 3.0, "solved": 0.5, "samples": 2, "eta": 0.5, "max_steps": 8},
     "ppo": {"recipe": "ppo", "target_kl": 0.1, "train.num_minibatches": 2, "max_steps": 8},
+    "dpo": {"recipe": "dpo", "data": PAIRS, "train.batch_size": 2, "train.precompute_reference": True, "max_steps": 8},
 }
 
 
@@ -36,9 +39,9 @@ def whole(launch, folder, settings):
     return outcome(folder / "whole"), int((folder / "count").read_text())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.35, 0.8])
-def test_a_killed_run_ends_with_the_same_bits(launch, tmp_path, share):
-    settings = {**SAVING, "max_steps": 3}
+@pytest.mark.parametrize(("recipe", "share"), [("grpo", 0.0), ("grpo", 0.35), ("grpo", 0.8), ("dpo", 0.5)])
+def test_a_killed_run_ends_with_the_same_bits(launch, tmp_path, recipe, share):
+    settings = {**SAVING, **RECIPES[recipe], "max_steps": 3}
     expected, events = whole(launch, tmp_path, settings)
     killed = launch(tmp_path / "killed", {"die_at": 1 + int(share * events)}, **settings)
     assert killed.wait() == -signal.SIGKILL, killed.said

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from tests.worlds import EVERYTHING, SPACE, method_with, outcome, rows_for, table
+from tests.worlds import COMPARED, EVERYTHING, SPACE, method_with, outcome, rows_for, table
 
 from keel.core.aggregate import Aggregation
 from keel.core.choice import generator, row_ids, uniforms
@@ -113,7 +113,7 @@ def parts(draw: st.DrawFn, cls: type) -> Any:
             continue
         default = f.default if f.default is not dataclasses.MISSING else None
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            usual = {int: 2, float: 0.5, str: TEXTS.get(f.name, ("ref",))[0]}
+            usual = {int: 2, float: 0.5, str: TEXTS.get(f.name, ("ref",))[0], **COMPARED}
             needed[f.name] = OBJECTS[f.name] if f.name in OBJECTS else usual.get(hints[f.name])
             if f.name == "path":
                 needed[f.name] = draw(st.sampled_from(PATHS))

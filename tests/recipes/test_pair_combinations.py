@@ -11,19 +11,26 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.recipes.test_combinations import REFUSALS, parts
-from tests.worlds import _comparing, _required, assert_same, outcome
+from tests.recipes.test_combinations import REFUSALS, SMALL, parts
+from tests.worlds import EVERYTHING, _comparing, _required, assert_same, outcome
 
 from keel.core.aggregate import Aggregation
 from keel.core.registry import PAPERS, part_class
 from keel.method import ALWAYS, Method
 from keel.models.heads import Critic
 from keel.models.sources import Initial
+from keel.models.tiny import build_tiny
 from keel.parts.terms.links import LogSigmoid
 from keel.parts.terms.pairs import PairLoss
 from keel.parts.terms.penalties import NegativeLogLikelihood, Summand
 from keel.parts.terms.scores import HeadScore, LogRatio
 from keel.recipes.registry import recipes
+from keel.statistics.engine import Engine
+from keel.statistics.functionals import LogProb
+from keel.statistics.stats import Stats
+from keel.tasks.preferences import Preference
+from keel.train.encode import Encoder
+from keel.train.preferences import preference_rows
 
 
 @cache
@@ -86,13 +93,14 @@ def losses(draw: st.DrawFn) -> PairLoss:
     return PairLoss(
         draw(st.sampled_from(pools()["link"]).flatmap(parts)),
         draw(scores()),
-        draw(st.sampled_from((0.1, 1.0))),
-        draw(st.none() | scores()),
-        draw(st.sampled_from((0.0, 0.3))),
-        draw(st.sampled_from((0.0, 1.0))),
-        draw(st.sampled_from((0.0, 0.1))),
-        draw(st.sampled_from(("conservative", "robust"))),
-        draw(maybe("weight")),
+        beta=draw(st.sampled_from((0.1, 1.0))),
+        rejected=draw(st.none() | scores()),
+        offset=draw(st.sampled_from((0.0, 0.3))),
+        margin=draw(st.sampled_from((0.0, 1.0))),
+        gap=draw(maybe("weight")),
+        label_smoothing=draw(st.sampled_from((0.0, 0.1))),
+        noise=draw(st.sampled_from(("conservative", "robust"))),
+        weight=draw(maybe("weight")),
     )
 
 
@@ -123,7 +131,34 @@ def test_a_random_loss_of_pairs_is_sound_or_refused(data, likelihood):
     assert bool(whole.loss.isfinite())
     for name, grad in whole.grads.items():
         assert bool(grad.isfinite().all()), name
-    assert_same(outcome(method, max_tokens=16, chunk_bytes=4 * 4 * 3), whole)
+    small = {"max_tokens": 16, "chunk_bytes": 4 * 4 * 3}
+    assert_same(outcome(method, **small, additive=False), whole)
+    if method.splits(whole.rows):
+        assert_same(outcome(method, **small, additive=True), whole)
+
+
+def test_micro_batches_keep_pairs_whole():
+    """Twelve pairs of a language model, in one pass over all and in passes of two pairs each."""
+    policy = build_tiny("0123456789+", SMALL, seed=1)
+    encoder = Encoder(policy)
+    some = [Preference(f"{i}+", (str(i * 7 % 13) + "1" * (i % 4), str(i)), (1.0, 0.0), i) for i in range(12)]
+    rows, _ = preference_rows(some, "pairs", encoder, None, 0, 0)
+    engine = Engine({"policy": policy}, max_tokens=20)
+    parts = engine.split(rows)
+    assert len(parts) > 3
+    assert all(len(rows.group[part].unique()) * 2 == len(part) for part in parts)
+    loss = PairLoss(LogSigmoid(), LogRatio(against=()), 1.0)
+    found = []
+    for sizes, additive in ((EVERYTHING, False), (20, True), (20, False)):
+        policy.module.zero_grad(set_to_none=True)
+        value, _ = Engine({"policy": policy}, max_tokens=sizes).step(
+            [LogProb()], rows, Stats(), loss, additive=additive
+        )
+        found.append((value, [p.grad.clone() for p in policy.module.parameters() if p.grad is not None]))
+    for value, grads in found[1:]:
+        torch.testing.assert_close(value, found[0][0], rtol=1e-5, atol=1e-6)
+        for one, other in zip(grads, found[0][1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_the_pools_hold_what_is_registered():

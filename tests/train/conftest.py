@@ -3,6 +3,7 @@
 import pytest
 
 from keel.models.tiny import TinyConfig
+from keel.recipes.registry import recipes
 from keel.tasks.load import load_task
 from keel.train.base import BaseRecipe, ensure_base
 
@@ -38,7 +39,8 @@ def train(base, tmp_path):
             "train.log_completions": 0,
             **settings,
         }
-        if recipe != "sft":
+        known = recipes().get(recipe) if isinstance(recipe, str) else None
+        if known is None or known().rollout is not None:
             given.setdefault("rollout.num_prompts", 4)
         if "data" in settings:
             given.pop("task")

@@ -42,7 +42,7 @@ def test_methods_as_json():
         "sft",
     } <= names
     assert all({"name", "paper", "baseline", "slots", "kind"} <= set(facts) for facts in listed)
-    assert {facts["kind"] for facts in listed} == {"online", "supervised"}
+    assert {facts["kind"] for facts in listed} == {"online", "supervised", "pairs", "reward", "distillation"}
 
 
 def test_show_prints_a_configuration_that_runs(base, tmp_path):

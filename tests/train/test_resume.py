@@ -21,6 +21,7 @@ keel.train({recipe!r}, model={base!r}, task="countdown", runs={runs!r}, name="ru
 """
 PARTS = {
     "grpo": {},
+    "online_dpo": {"rollout.num_generations": 4, "train.num_minibatches": 2},
     "ppo": {"target_kl": 0.1, "rollout.num_generations": 4, "train.num_minibatches": 2},
     "reinforce": {"baseline": "running", "rollout.num_generations": 4},
 }

@@ -82,6 +82,28 @@ KNOWN = {
     "kdrl": (0.18, "as grpo"),
     "grpo_replay": (0.23, "as grpo, and weights of tokens are not those of the sequences that earn the reward"),
     "dph_rl": (0.18, "as grpo"),
+    "online_dpo": (0.34, "the better one is always preferred, and a sigmoid of its lead weighs each pair"),
+    "self_rewarding": (1.0, "best and worst of all there is; where the policy is its reference, scores are by token"),
+    "nash_md": (TOLERANCE, "the opponents are weighted over the group"),
+    "nash_mp": (TOLERANCE, "as nash_md"),
+    "spct": (0.16, "as grpo"),
+    "implicit_reward_sft": (0.21, "a completion counts for less, the likelier it has become"),
+    # of comparisons: what is left of the gradient at the optimum, over what it is at the reference
+    "cdpo": (0.28, "the labels are those of the rewards, and it takes them for noisier"),
+    "robust_dpo": (0.23, "the labels are those of the rewards, and it takes them for cleaner"),
+    "aot": (0.58, "ranks of a batch are held against each other, not the two of a pair"),
+    "aot_unpaired": (0.84, "as aot"),
+    "bco": (1.95, "a running mean is taken off the rewards"),
+    "bco_pair": (2.05, "it takes each reward for log-odds, and pairs tell of differences"),
+    "kto": (1.88, "its value saturates"),
+    "cpl": (0.90, "it has no reference, and what is not preferred counts for less"),
+    "ld_dpo": (0.36, "tokens beyond the other's length count for less"),
+    "nca": (4.22, "each completion is told from the reference, and not from the other one"),
+    "rpo": (1.24, "the likelihood of the preferred completions stands beside"),
+    "rrpo": (0.42, "the tokens that both share do not count, and a KL stands beside"),
+    "t_reg": (0.08, "a likelihood weighted by token stands beside"),
+    "tdpo": (1.05, "the KLs of both sides are part of the score"),
+    "ma_po": (2.43, "as tdpo, and tokens are weighted"),
 }
 CASES = [
     pytest.param(recipe, variant, id=f"{name}{variant or ''}")
@@ -107,16 +129,18 @@ def test_every_recipe(recipe, variant):
         bound = known[0]
         assert found.gradient_relative_error <= (bound if bound <= TOLERANCE else bound + 0.005)
     if found.status == HOLDS:
-        assert found.gradient_relative_error <= TOLERANCE and found.cosine > 1 - 1e-9
+        assert (found.gradient_relative_error or 0) <= TOLERANCE
+        assert found.cosine is None or found.cosine > 1 - 1e-9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "variant"), CASES)
 def test_every_recipe_in_full(recipe, variant):
     found = verify_recipe(recipe, variant, full=True)
-    assert found.bf16_relative_error is not None and found.bf16_relative_error < 0.05
+    kind = recipe(**variant).kind
+    assert kind == "reward" or (found.bf16_relative_error is not None and found.bf16_relative_error < 0.05)
     if found.status == HOLDS:
-        assert found.fixed_point_tv < 1e-3
+        assert found.fixed_point_tv is None or found.fixed_point_tv < 1e-3
         assert all(group.relative_error <= TOLERANCE for group in found.groups)
     else:
         assert found.status != SHORT or shortfall(recipe) is not None, found.reasons

@@ -18,7 +18,7 @@ def estimate(setup: Any) -> dict[str, Any]:
     """
     config = setup.config
     policy = load_model(config.model, setup.source, setup.tokenizer, config.seed)
-    session = build_session(config, setup.task, policy, setup.rewards)
+    session = build_session(config, setup.task, policy, setup.rewards, preferences=setup.preferences)
     try:
         begun = time.monotonic()
         batch = prepare(session)
@@ -52,4 +52,16 @@ def estimate(setup: Any) -> dict[str, Any]:
         "seconds_per_step": seconds,
         "minutes": seconds * config.train.max_steps / 60,
         "first_batch": [[session.encoder.show(prompt), text] for prompt, text in batch.texts[:SHOWN]],
+        **({} if session.preferences is None else {"comparisons": _compared(session, batch.rows, batch.texts)}),
     }
+
+
+def _compared(session: Any, rows: Any, texts: list[Any]) -> list[dict[str, Any]]:
+    """The first prompts with what is compared of each, and what the data say of it."""
+    found: dict[int, dict[str, Any]] = {}
+    said = rows.columns["score"] if rows.label is None else rows.label
+    for (prompt, text), number, score in zip(texts, rows.group.tolist(), said.tolist(), strict=False):
+        one = found.setdefault(number, {"prompt": session.encoder.show(prompt), "completions": [], "scores": []})
+        one["completions"].append(text)
+        one["scores"].append(score)
+    return list(found.values())[:SHOWN]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keel.cli import cold, explain
+from keel.cli import cold, explain, judge
 from keel.cli.drawing import besides, commands, newlines, run_frontier
 from keel.cli.options import (
     BesideModel,
@@ -15,6 +15,7 @@ from keel.cli.options import (
     Beta,
     Classes,
     Data,
+    DataSets,
     EngineName,
     Json,
     Model,
@@ -26,8 +27,10 @@ from keel.cli.options import (
     Set,
     Step,
     Task,
+    Teacher,
     Top,
     ValueOf,
+    data_sets,
     pairs,
 )
 
@@ -43,6 +46,7 @@ app.add_typer(methods_app, name="methods")
 app.add_typer(commands)
 app.add_typer(explain.commands)
 app.add_typer(cold.commands)
+app.add_typer(judge.commands)
 
 
 @app.command()
@@ -50,7 +54,7 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="A recipe; `keel methods` lists them.")] = None,
     model: Model = None,
     task: Task = None,
-    data: Data = None,
+    data: DataSets = None,
     reward: Reward = None,
     set_: Set = None,
     config: Annotated[Path | None, typer.Option("--config", help="A YAML file, such as a run's config.yaml.")] = None,
@@ -58,6 +62,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run of that name.")] = False,
     seed: Seed = None,
     max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Batches.")] = None,
+    teacher: Teacher = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show composition, memory, time and a first batch; train nothing.")
     ] = False,
@@ -76,12 +81,13 @@ def train(
         model,
         None,
         task,
-        data,
+        data_sets(data),
         tuple(reward) if reward else None,
         seed=seed,
         name=name,
         config=config,
         settings=settings,
+        teacher=teacher,
         report=report,
     )
     if dry_run:

@@ -15,15 +15,32 @@ Set = Annotated[
     ),
 ]
 Model = Annotated[str | None, typer.Option("--model", help="tiny, a folder, a run's folder, or a hub name.")]
+Teacher = Annotated[
+    str | None,
+    typer.Option("--teacher", help="What a distillation learns from: tiny, a folder, a run's folder, or a hub name."),
+]
 ModelArgument = Annotated[str, typer.Argument(help="tiny, a folder, a run's folder, or a hub name.")]
 Task = Annotated[
     str | None,
     typer.Option("--task", help="countdown, a data set of reasoning-gym, verifiers:ID, or one's own as file.py:NAME."),
 ]
 Data = Annotated[str | None, typer.Option("--data", help="JSONL, Parquet, or a saved data set, in place of a task.")]
+DataSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        metavar="PATH[=WEIGHT]",
+        help="JSONL, Parquet, or a saved data set, in place of a task; of preferences several, drawn by their weights.",
+    ),
+]
 Reward = Annotated[
     list[str] | None,
-    typer.Option("--reward", metavar="MODULE:FUNCTION", help="Scores completions; may be given several times."),
+    typer.Option(
+        "--reward",
+        metavar="MODULE:FUNCTION",
+        help="Scores completions; or the folder of a reward model, or an ensemble (mean, wco, uwo) as wco:DIR,DIR. May "
+        "be given several times.",
+    ),
 ]
 Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -75,6 +92,36 @@ class Classes(StrEnum):
     answer = "answer"
     completion = "completion"
     none = "none"
+
+
+def data_sets(values: list[str] | None) -> str | dict[str, float] | None:
+    """A path, or several with their weights.
+
+    Raises:
+        ConfigError: one is given twice, or with a weight that is no positive number.
+
+    >>> data_sets(["a.jsonl"]), data_sets(["a.jsonl=2", "b.jsonl"])
+    ('a.jsonl', {'a.jsonl': 2.0, 'b.jsonl': 1.0})
+    """
+    from keel.core.errors import ConfigError
+
+    found: dict[str, float] = {}
+    for item in values or []:
+        path, sign, text = item.rpartition("=")
+        if not sign or Path(item).exists():
+            path, text = item, "1"
+        try:
+            weight = float(text)
+        except ValueError:
+            raise ConfigError("must be PATH or PATH=WEIGHT", f"--data {item}", "For example a.jsonl=2.") from None
+        if not 0 < weight < float("inf"):
+            raise ConfigError("must have a positive weight", f"--data {item}")
+        if path in found:
+            raise ConfigError("is given twice", f"--data {path}", "Give it once, with the sum of the weights.")
+        found[path] = weight
+    if len(found) == 1:
+        return next(iter(found))
+    return found or None
 
 
 def pairs(values: list[str] | None, flag: str = "--set") -> dict[str, Any]:

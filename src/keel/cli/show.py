@@ -319,6 +319,12 @@ def print_dry_run(setup: Any, as_json: bool) -> None:
         print(f"{key.replace('_', ' '):<20} {facts[key]:,}")
     print(f"{'memory, estimated':<20} {facts['memory_gib']:.2f} GiB")
     print(f"{'time, estimated':<20} {facts['seconds_per_step']:.2f} s a step, {facts['minutes']:.1f} min in all")
+    for note in setup.preferences.notes if setup.preferences is not None else ():
+        print(f"warning: {note}")
     print("first batch:")
-    for prompt, completion in facts["first_batch"]:
+    for one in facts.get("comparisons", ()):
+        print(f"  {one['prompt']!r}")
+        for score, completion in zip(one["scores"], one["completions"], strict=True):
+            print(f"    {score:>6g}  {completion!r}")
+    for prompt, completion in () if "comparisons" in facts else facts["first_batch"]:
         print(f"  {prompt!r} -> {completion!r}")

@@ -42,6 +42,7 @@ def totals(rows: Rows) -> Totals:
         tokens=float(token_weight(rows).sum()),
         sequences=float((weight * rows.loss_mask.any(1)).sum()),
         rows=float(weight.sum()),
+        pairs=0.0 if rows.pairs is None else float(rows.pairs.measure.sum()),
     )
 
 

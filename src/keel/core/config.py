@@ -161,6 +161,8 @@ def _loosened(hint: Any) -> Any:
         return InstanceOf.__class_getitem__(hint)  # what InstanceOf[hint] means, which mypy takes for an annotation
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return typing.Union[tuple(_loosened(item) for item in typing.get_args(hint))]  # noqa: UP007
+    if typing.get_origin(hint) is tuple:
+        return tuple[tuple(_loosened(item) for item in typing.get_args(hint))]  # type: ignore[misc]
     return hint
 
 

@@ -62,11 +62,13 @@ class Totals:
         tokens: weighted count of counted tokens.
         sequences: weighted count of counted rows with at least one counted token.
         rows: weighted count of counted rows, empty ones included.
+        pairs: measure of all pairs.
     """
 
     tokens: float
     sequences: float
     rows: float
+    pairs: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

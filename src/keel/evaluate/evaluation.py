@@ -122,8 +122,8 @@ class Evaluation:
 
     @property
     def prompts(self) -> int:
-        """How many prompts were measured."""
-        return len(self.values["reward"])
+        """How many prompts were measured; comparisons, where nothing was sampled."""
+        return len(self.values["reward"]) if "reward" in self.values else len(self.index)
 
     def pass_curve(self) -> list[tuple[int, Interval]]:
         """(k, pass@k) by growing k."""

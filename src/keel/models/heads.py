@@ -76,6 +76,46 @@ class Critic:
         return CriticModel(body, head)
 
 
+class ScoreHead(nn.Module):
+    """r = w h, a number for each state, without a bias: a common shift of all rewards is not determined by pairs.
+
+    Args:
+        dim: size of a state.
+        std: standard deviation of the initial weights.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, dim: int, std: float = 0.02, seed: int = 0):
+        super().__init__()
+        self.weight = nn.Parameter(std * torch.randn(dim, generator=generator(seed, "score_head")))
+
+    def forward(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n"]:
+        return hidden.to(self.weight.dtype) @ self.weight
+
+
+@part("reward_head")
+@dataclass(frozen=True)
+class RewardHead:
+    """The head of a reward model: r = w h on the policy's states, w ~ N(0, std^2).
+
+    Args:
+        std: standard deviation of the initial weights; 0.02 is what transformers gives a new head.
+
+    Raises:
+        ValueError: std not above 0: from equal scores two heads would never come apart.
+    """
+
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"std must be above 0, not {self.std}")
+
+    def build(self, policy: PolicyModel, seed: int) -> nn.Module:
+        """The module, on the policy's device."""
+        return ScoreHead(_width(policy), self.std, seed).to(next(policy.module.parameters()).device)
+
+
 @part("slow_copy", paper=12)
 @dataclass(frozen=True)
 class SlowCopy:

@@ -1,13 +1,15 @@
 """Models by name: frozen, moving and adapted copies of the policy, and pretrained ones."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from keel.core.choice import counter_seed
 from keel.core.errors import UserError
 from keel.core.policy import Head, PolicyModel
 from keel.core.registry import part
@@ -56,17 +58,20 @@ class Snapshot:
 @part("ema")
 @dataclass(frozen=True)
 class EMA:
-    """theta_ema <- kappa theta_ema + (1 - kappa) theta, once a step.
+    """theta_ema <- kappa theta_ema + (1 - kappa) theta, after each step that `every` divides.
 
     Raises:
-        ValueError: kappa outside [0, 1).
+        ValueError: kappa outside [0, 1), or `every` below 1.
     """
 
     kappa: float = 0.99
+    every: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.kappa < 1:
             raise ValueError(f"kappa must be in [0, 1), not {self.kappa}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, not {self.every}")
 
 
 @part("adapter")
@@ -112,8 +117,53 @@ class Soup:
         return self.weights or ()
 
 
+@part("random_initial", paper=155)
+@dataclass(frozen=True)
+class RandomInitial:
+    """A frozen model of the policy's architecture with freshly drawn weights: a teacher that knows nothing.
+
+        ((1 - share) theta_0 + share theta') / sqrt((1 - share)^2 + share^2)
+
+    of the policy's first weights and the drawn ones: near the policy for a small share, which the divisor keeps at the
+    scale of an initialisation where theta_0 is one. At share 0 it is the policy as it was, from which nothing is to be
+    learnt. Norms, whose initial weights are constants, are left out of the mixing and are those of theta'.
+
+    Args:
+        seed: of the drawn weights.
+        share: of them.
+
+    Raises:
+        ValueError: a share outside [0, 1].
+
+    Source: "Random Teachers are Good Teachers", 2023, which moves the student instead, to the same distance.
+    """
+
+    seed: int = 0
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must be in [0, 1], not {self.share}")
+
+
 INITIAL = "initial"
-Source = Initial | Pretrained | Snapshot | EMA | Adapter | Soup
+Frozen = Initial | Pretrained | Soup
+FROZEN = (Initial, Pretrained, Soup)
+Source = Initial | Pretrained | Snapshot | EMA | Adapter | Soup | RandomInitial
+
+
+@runtime_checkable
+class View(Protocol):
+    """A source that shows a frozen model in another way."""
+
+    @property
+    def of(self) -> Frozen:
+        """The frozen model."""
+        ...
+
+    def view(self, model: PolicyModel) -> PolicyModel:
+        """What it shows of it."""
+        ...
 
 
 class SourceModel:
@@ -125,7 +175,7 @@ class SourceModel:
         policy: what it follows.
     """
 
-    def __init__(self, source: Source, model: PolicyModel, policy: PolicyModel):
+    def __init__(self, source: Source | View, model: PolicyModel, policy: PolicyModel):
         self.source, self.model, self.policy = source, model, policy
         # averages in fp32: in bf16 a small step is lost to rounding
         narrow = {n: p for n, p in self._own().items() if p.dtype != torch.float32} if isinstance(source, EMA) else {}
@@ -154,9 +204,9 @@ class SourceModel:
     @torch.no_grad()
     def update(self, step: int) -> bool:
         """Follow the policy after step `step` (counted from 1); True if anything changed."""
+        if isinstance(self.source, (Snapshot, EMA)) and step % self.source.every:
+            return False
         if isinstance(self.source, Snapshot):
-            if step % self.source.every:
-                return False
             for own, live in self._pairs():
                 own.copy_(live)
             return True
@@ -194,7 +244,27 @@ class SourceModel:
         return [(own, live[name]) for name, own in self._own().items()]
 
 
-def build(source: Source, policy: PolicyModel, initial: PolicyModel | None = None) -> SourceModel:
+def build_all(
+    sources: Mapping[str, Source | View], policy: PolicyModel, initial: PolicyModel | None = None
+) -> dict[str, SourceModel]:
+    """The models of several names; equal sources that do not move are one model. The arguments are those of `build`."""
+    known: list[SourceModel] = []
+
+    def found(source: Source | View) -> SourceModel:
+        for built in known:
+            if built.source == source and not built.moving:
+                return built
+        if isinstance(source, View):
+            built = SourceModel(source, source.view(found(source.of).model), policy)
+        else:
+            built = build(source, policy, initial)
+        known.append(built)
+        return built
+
+    return {name: found(source) for name, source in sources.items()}
+
+
+def build(source: Source | View, policy: PolicyModel, initial: PolicyModel | None = None) -> SourceModel:
     """The model of a source.
 
     Args:
@@ -205,6 +275,8 @@ def build(source: Source, policy: PolicyModel, initial: PolicyModel | None = Non
     Raises:
         UserError: the source does not fit the policy (vocabulary, adapters).
     """
+    if isinstance(source, View):
+        return SourceModel(source, source.view(build(source.of, policy, initial).model), policy)
     if isinstance(source, Initial):
         return SourceModel(source, initial if initial is not None else reference(policy), policy)
     if isinstance(source, (Snapshot, EMA)):
@@ -213,6 +285,8 @@ def build(source: Source, policy: PolicyModel, initial: PolicyModel | None = Non
         raise UserError(f"{type(source).__name__} needs a language model", "models")
     if isinstance(source, Adapter):
         return SourceModel(source, AdapterView(policy, source.name), policy)
+    if isinstance(source, RandomInitial):
+        return SourceModel(source, _random(source, policy, initial), policy)
     if isinstance(source, Soup):
         return SourceModel(source, _soup(source, policy, initial), policy)
     return SourceModel(source, _pretrained(source, policy), policy)
@@ -222,6 +296,27 @@ def _pretrained(source: Pretrained, policy: LanguageModel) -> PolicyModel:
     model = load(source.path, dtype=source.dtype, device=policy.device)
     _check_same_vocabulary(model, policy, source.path)
     model.module.requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def _random(source: RandomInitial, policy: LanguageModel, initial: PolicyModel | None) -> PolicyModel:
+    """Weights drawn as the architecture draws them, mixed with the policy's first ones."""
+    first = policy if initial is None else initial
+    assert isinstance(first, LanguageModel)
+    if policy.adapted:
+        what = "with an adapter the policy's first weights are those of its base, which is not copied"
+        raise UserError(what, "models.teacher", "Train without LoRA to distil from a random teacher.")
+    model = frozen_copy(first)
+    assert isinstance(model, LanguageModel)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(counter_seed(source.seed, "random_initial"))
+        drawn = dict(type(model.transformer)(copy.deepcopy(model.transformer.config)).named_parameters())
+    scale = ((1 - source.share) ** 2 + source.share**2) ** 0.5
+    for name, own in model.transformer.named_parameters():
+        new = drawn[name].to(own)
+        constant = bool((new == new.flatten()[0]).all())  # norms and biases
+        own.copy_(new if constant and source.share else own.lerp(new, source.share) / scale)
     return model
 
 

@@ -16,6 +16,14 @@ from keel.report.diagnosis import Finding, diagnose
 from keel.report.entropy_tokens import Fall, read_falls
 from keel.report.figures import Figure, curves, evaluations_over_steps, frontier, pass_curves
 from keel.report.page import cell, document, figures, prose, table, text, write
+from keel.report.reward_models import (
+    compares,
+    comparison_figures,
+    gold_figures,
+    pair_blocks,
+    reliability,
+    reliability_table,
+)
 from keel.report.tokens_page import token_section
 from keel.store.records import StoredRollout, StoredRun
 from keel.store.store import Store
@@ -114,12 +122,22 @@ def report(data: RunData) -> str:
     """The report as HTML."""
     parts = [_head(data), _tiles(data), "<h2>Diagnosis</h2>", findings_list(data.findings())]
     abilities = [pass_curves(arms := before_and_after(data.before, data.after)), frontier(arms), *_held_out(data)]
-    if any(abilities):
+    if compares(data.after or data.before):
+        shown = figures([reliability(data.before, data.after), *_held_out(data)], "ability")
+        tables = [_evaluation_table(data), reliability_table(data.after or data.before)]
+        parts += ["<h2>Held-out comparisons</h2>", shown, *tables]
+    elif any(abilities):
         parts += ["<h2>Held-out prompts</h2>", figures(abilities, "ability"), _evaluation_table(data)]
+    elif data.after or data.before:
+        parts += ["<h2>Held-out comparisons</h2>", _evaluation_table(data)]
+    gold = gold_figures(data.metrics, _hidden(data))
+    if any(gold):
+        parts += ["<h2>Over-optimisation</h2>", figures(gold, "gold")]
     training = training_figures(data.metrics)
     if any(training):
         parts += ["<h2>Training</h2>", figures(training, "training")]
-    parts += [_completions(data), _tokens(data), _composition(data)]
+    last = data.after or data.before
+    parts += [pair_blocks(last) if compares(last) else _completions(data), _tokens(data), _composition(data)]
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     parts.append(
         f"<footer>Written by Keel, {written}. Brackets and bands are 95% bootstrap intervals over prompts.</footer>"
@@ -142,6 +160,7 @@ def training_figures(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> list
     }
     cut = {"completions/clipped_ratio": "cut off"}
     return [
+        *(comparison_figures(metrics) if "rewards/margins" in metrics else []),
         curves("Reward", metrics, {"reward": "reward"}),
         curves("Reward functions", metrics, functions) if len(functions) > 1 else None,
         curves("Entropy", metrics, {"entropy": "entropy"}, unit="nats a token", floor=0.0),
@@ -190,7 +209,7 @@ def _tiles(data: RunData) -> str:
         return ""
     shown = after or before
     assert shown is not None
-    names = ["pass@1", shown.largest("pass"), "entropy", "kl"]
+    names = ["pass@1", shown.largest("pass"), "entropy", "kl", "accuracy", "log_loss", "calibration_error"]
     tiles = []
     for name in dict.fromkeys(name for name in names if name):
         first = before.metrics.get(name) if before else None
@@ -206,12 +225,20 @@ def _tiles(data: RunData) -> str:
     return f'<dl class="tiles">\n{"".join(tiles)}\n</dl>'
 
 
+def _hidden(data: RunData) -> list[str]:
+    """Names of the functions that the configuration has measured only."""
+    task = (data.run.config or {}).get("task") or {}
+    return [str(name).rsplit(":", 1)[-1] for name in task.get("hidden") or ()]
+
+
 def _held_out(data: RunData) -> list[Figure | None]:
     if len(data.evaluations) < 3:
         return []
     points = [(step, evaluation.metrics) for step, _, evaluation in data.evaluations]
     many = data.evaluations[-1][2].largest("pass")
     names = dict.fromkeys(["pass@1", *([many] if many else [])])
+    if compares(data.evaluations[-1][2]):
+        names = dict.fromkeys(["accuracy"])
     return [evaluations_over_steps(points, list(names))]
 
 
@@ -228,7 +255,10 @@ def _evaluation_table(data: RunData) -> str:
         rows.append([*row, cell(change(before, after, name), signed=True)] if before and after else row)
     head = ["", *(arm.label.removesuffix(" training") for arm in arms), *(["change"] if both else [])]
     sizes = arms[-1].evaluation
-    caption = f"{sizes.prompts} prompts, {sizes.samples} samples of each; below each number its 95% interval."
+    measured = f"{sizes.prompts} prompts, {sizes.samples} samples of each"
+    caption = f"{measured if sizes.samples else f'{sizes.prompts} comparisons'}; below each number its 95% interval."
+    if compares(sizes):
+        caption = f"{sizes.prompts} pairs; below each number its 95% interval."
     if sizes.errors:
         caption += f" {sizes.errors} samples could not be scored and count nowhere."
     return table(head, rows, caption)

@@ -37,7 +37,8 @@ def evaluation_table(before: Evaluation | None, after: Evaluation | None = None,
             row.append(_difference(change(sides[0], sides[1], name)))
         table.add_row(*row)
     brackets = ", [95% interval]" if len(sides) == 2 else ""
-    sizes = f"{sides[-1].prompts} prompts x {sides[-1].samples} samples"
+    last = sides[-1]
+    sizes = f"{last.prompts} prompts x {last.samples} samples" if last.samples else f"{last.prompts} comparisons"
     table.caption = f"{sizes}; ± half of a 95% interval{brackets}"
     return table
 

@@ -184,8 +184,21 @@ class Endpoint:
             KeelError: the server cannot be reached, does not answer in time, or answers with an error; `UserError`
                 where the request is at fault. The address is named.
         """
+        return self._each(self._complete, bodies)
+
+    def chat(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answers to requests with `messages`, in their order.
+
+        Raises:
+            KeelError: as of `complete`.
+        """
+        return self._each(self._chat, bodies)
+
+    def _each(
+        self, ask: Callable[[dict[str, Any]], dict[str, Any]], bodies: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(self.concurrency) as pool:
-            tasks = [pool.submit(self._complete, body) for body in bodies]
+            tasks = [pool.submit(ask, body) for body in bodies]
             try:
                 return [task.result() for task in tasks]
             except BaseException:
@@ -193,11 +206,19 @@ class Endpoint:
                     task.cancel()
                 raise
 
+    def _chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        create = self.client.chat.completions.create
+        return self._answered(self._call(lambda: create(model=self.served, **body).model_dump()))
+
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         own = {name: value for name, value in body.items() if name not in EXTRA}
         extra = {name: value for name, value in body.items() if name in EXTRA}
         create = self.client.completions.create
-        found = self._call(lambda: create(model=self.served, extra_body=extra or None, **own).model_dump())
+        return self._answered(
+            self._call(lambda: create(model=self.served, extra_body=extra or None, **own).model_dump())
+        )
+
+    def _answered(self, found: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(found.get("choices"), list):
             raise KeelError("the answer holds no completions", self.url, "Is this a server of OpenAI's API?")
         return found

@@ -9,6 +9,7 @@ from keel.core.registry import part
 from keel.rollouts.adaptive import AdaptiveTemperature
 from keel.rollouts.extra import ExtraCompletions
 from keel.rollouts.sampling import Sampling
+from keel.rollouts.taught import GivenCompletions, WrittenBy
 from keel.sampling.catalogue import entry_named, entry_of, sampler
 from keel.sampling.values import MonteCarlo
 
@@ -48,6 +49,8 @@ class Rollout:
         max_turns, max_turn_length: on a task of several turns, turns and tokens of a turn at most; None is the task's.
         extra: further completions of some prompts at another temperature, beside the batch; None draws none.
         adaptive: a temperature for each token by its entropy; None draws all at one.
+        given: completions of the data in place of some, for distillation; None draws all.
+        written: who draws, for distillation: a teacher, or a mixture with it; None is the policy.
 
     Raises:
         ValueError: a setting out of its range, or a sampler that cannot serve here.
@@ -68,6 +71,8 @@ class Rollout:
     value: str | None = None
     extra: ExtraCompletions | None = None
     adaptive: AdaptiveTemperature | None = None
+    given: GivenCompletions | None = None
+    written: WrittenBy | None = None
     max_turns: int | None = None
     max_turn_length: int | None = None
 
@@ -112,6 +117,10 @@ class Rollout:
 
     def _check_sampler(self) -> None:
         value = self.value_of
+        if self.given is not None and self.written is not None and self.written.alpha < 1:
+            raise ValueError("given completions have no log-probabilities of the mixture: take them or the mixture")
+        if self.written is not None and (self.sampler or self.extra or self.greedy_baseline or self.adaptive):
+            raise ValueError("what another model writes are plain samples: leave out sampler, extra, adaptive, greedy")
         if self.sampler is None:
             if value is not None:
                 raise ValueError("value is what a sampler goes by, and there is no sampler")

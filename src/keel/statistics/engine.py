@@ -10,6 +10,7 @@ states and needs one pass; so does a step whose parts are all additive. Both giv
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from keel.core.choice import counter_seed
 from keel.core.policy import PolicyModel
 from keel.core.products import fast_products
 from keel.core.rows import Rows
-from keel.statistics.functionals import Functional, Value, backbone
+from keel.statistics.functionals import Functional, State, Value, backbone
 from keel.statistics.positions import Positions
 from keel.statistics.stats import Stats, packed, unpacked
 from keel.statistics.workspace import Workspace
@@ -160,11 +161,11 @@ class Engine:
         out, workspace = _Collector(rows), Workspace()
         value = torch.zeros((), device=rows.device)
         for i, index in enumerate(plan):
-            part = rows.with_(totals=whole, pairs=None).select(index)
+            part = rows.with_(totals=whole).select(index)
             every = torch.arange(len(index), device=index.device)
             batch = self._forward(part, every, functionals, grad=True, counter=(*counter, i))
             upstream = self._upstream(batch, functionals)
-            for mine, place in self._pieces(batch):
+            for mine, place in self._pieces(batch, part):
                 piece = self._piece(batch, part, mine, place)
                 live = self._measure_passes(functionals, piece.rows, [piece], workspace)
                 share, grads = self._differentiate(loss, piece.rows, frozen.select(index[mine]), live)
@@ -175,10 +176,13 @@ class Engine:
             self._through_bodies(part, batch, functionals, upstream, (*counter, i))
         return value, frozen.merged(out.stats(functionals))
 
-    def _pieces(self, batch: Pass) -> list[tuple[slice, slice]]:
-        """Rows whose logits fit one chunk, so that they are computed once, and their positions; else all rows."""
+    def _pieces(self, batch: Pass, part: Rows) -> list[tuple[slice, slice]]:
+        """Rows whose logits fit one chunk, so that they are computed once, and their positions; else all rows.
+
+        Rows that are compared in pairs stay together.
+        """
         size, lengths = self._chunk_size(batch.token.device), batch.rows.mask.sum(1).tolist()
-        if max(lengths, default=0) > size or sum(lengths) <= size:
+        if max(lengths, default=0) > size or sum(lengths) <= size or part.pairs is not None:
             return [(slice(0, len(lengths)), slice(0, sum(lengths)))]
         pieces, row, start, stop = [], 0, 0, 0
         for i, length in enumerate(lengths):
@@ -258,6 +262,10 @@ class Engine:
             if isinstance(functional, Value):
                 self._backward_value(functional, batch, start, stop, g, upstream)
                 continue
+            if isinstance(functional, State):
+                if LIVE in upstream:
+                    upstream[LIVE][start:stop] += g
+                continue
             if dlogits is None:
                 with torch.no_grad():
                     dlogits = at.take_like(at.centred(LIVE)).zero_()
@@ -300,7 +308,10 @@ class Engine:
     # -- forward -------------------------------------------------------------------------------------------------
 
     def split(self, rows: Rows) -> list[Tensor]:
-        """Micro-batches of at most `max_tokens`, one row at least: groups side by side, similar lengths together."""
+        """Micro-batches of at most `max_tokens`, one row at least: groups side by side, similar lengths together.
+
+        Where rows are compared in pairs a group is never split, whatever its size.
+        """
         prompt = rows.prompt_mask.sum(1)
         completion = rows.present.sum(1)
         total = prompt + completion
@@ -309,13 +320,16 @@ class Engine:
         order = torch.argsort(member, stable=True)
         order = order[torch.argsort(longest[order], descending=True, stable=True)]
         sizes = torch.stack([prompt, completion], 1)[order].tolist()
+        owners = member[order].tolist() if rows.pairs is not None else range(len(order))
         batches: list[Tensor] = []
         start, widest = 0, [0, 0]
-        for i, (p, t) in enumerate(sizes):
-            widest_now = [max(widest[0], p), max(widest[1], t)]
-            if i > start and (i - start + 1) * sum(widest_now) > self.max_tokens:
-                batches.append(order[start:i])
-                start, widest_now = i, [p, t]
+        for _, block in itertools.groupby(range(len(order)), key=owners.__getitem__):
+            own = list(block)
+            largest = [max(sizes[i][side] for i in own) for side in (0, 1)]
+            widest_now = [max(both) for both in zip(widest, largest, strict=True)]
+            if own[0] > start and (own[-1] - start + 1) * sum(widest_now) > self.max_tokens:
+                batches.append(order[start : own[0]])
+                start, widest_now = own[0], largest
             widest = widest_now
         batches.append(order[start:])
         return batches
@@ -354,6 +368,7 @@ class Engine:
             self.temperature,
             batch.known.get(start),
             workspace,
+            lambda name: _column(batch, name, start, stop),
         )
 
     def _chunks(self, batch: Pass, functionals: Sequence[Functional]) -> Iterator[tuple[int, int]]:
@@ -434,6 +449,13 @@ class _Collector:
     def stats(self, functionals: Sequence[Functional]) -> Stats:
         masks = {f.where: self.rows.masks[f.where] for f in functionals if packed(f)}
         return Stats({f: self.values[f][masks[f.where]] if packed(f) else self.values[f] for f in functionals}, masks)
+
+
+def _column(batch: Pass, name: str, start: int, stop: int) -> Tensor:
+    """What a column per token of the rows holds at some positions, [n, ...]."""
+    if name not in batch.rows.columns:
+        raise KeyError(f"a functional reads the column '{name}', which the rows do not have")
+    return batch.rows.columns[name][batch.row[start:stop], batch.place[1][start:stop]]
 
 
 def _is_last(batch: Pass) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from keel.divergences.family import f_divergence
 from keel.statistics.positions import Positions
-from keel.statistics.transforms import KeepTopP, Transform
+from keel.statistics.transforms import KeepTopP, Temperature, Transform
 
 LARGEST = 1e6  # a divergence beyond this has a logit of -inf, or one as good as that
 
@@ -138,9 +138,11 @@ class Divergence:
             kept as its canonical name.
         against: the model in the second place, constant.
         first: the model in the first place.
+        temperature: of the first model, beside the one of all models.
+        against_temperature: of the second one; None takes the first one's.
 
     Raises:
-        ValueError: an unknown kind, or the live policy in the second place.
+        ValueError: an unknown kind, the live policy in the second place, or a temperature that is not positive.
     """
 
     kind: str = "kl_policy_ref"
@@ -148,42 +150,61 @@ class Divergence:
     first: str = "policy"
     where: str = "mask"
     stop: tuple[str, ...] = ()
+    temperature: float = 1.0
+    against_temperature: float | None = None
     of: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", str(f_divergence(self.kind)))
         if self.against == "policy":
             raise ValueError("the second model of a divergence is constant: put the policy first, with the kind turned")
+        if self.against_temperature == self.temperature:
+            object.__setattr__(self, "against_temperature", None)
+        _ = self._heats
         object.__setattr__(self, "of", (self.first, self.against))
 
     @property
     def name(self) -> str:
         first = "" if self.first == "policy" else f"{self.first}, "
-        return f"divergence({self.kind}, {first}{self.against})"
+        heats = "".join(f", {heat.name}" for heat in dict.fromkeys(self._heats) if heat is not None)
+        return f"divergence({self.kind}, {first}{self.against}{heats})"
+
+    @property
+    def _heats(self) -> tuple[Temperature | None, Temperature | None]:
+        """The further temperatures of both models; None for 1."""
+        other = self.temperature if self.against_temperature is None else self.against_temperature
+        own, other_heat = (None if t == 1.0 else Temperature(t) for t in (self.temperature, other))
+        return own, other_heat
 
     def __call__(self, at: Positions) -> Float[Tensor, "n"]:
-        kind = f_divergence(self.kind)
+        kind, (own, other) = f_divergence(self.kind), self._heats
         if not at.differentiable:
-            log_u = at.log_ratio(self.first, self.against)
-            value = kind.value_(log_u, at.probs(self.first), at.probs(self.against))
+            log_u = at.log_ratio(self.first, self.against, own, other)
+            value = kind.value_(log_u, at.probs(self.first, own), at.probs(self.against, other))
             at.give(log_u)
-            if at.row(("moderate", *self.of, self.kind), lambda: bool((value.abs() < LARGEST).all())):
+            if at.row(self._moderate, lambda: bool((value.abs() < LARGEST).all())):
                 return value
-        return kind.value(at.log_probs(self.first), at.log_probs(self.against))
+        return kind.value(at.log_probs(self.first, own), at.log_probs(self.against, other))
+
+    @property
+    def _moderate(self) -> tuple:
+        """Under which it is known whether all values of a chunk are finite and no larger than sense."""
+        return ("moderate", *self.of, self.kind, *self._heats)
 
     def backward(self, at: Positions, grad: Float[Tensor, "n"], dlogits: Float[Tensor, "n V"]) -> None:
         """Add grad dD/dz to `dlogits`; the second model is constant."""
-        kind = f_divergence(self.kind)
-        if ("moderate", *self.of, self.kind) not in at.known:
+        kind, (own, other) = f_divergence(self.kind), self._heats
+        if self._moderate not in at.known:
             self(at)
-        if not at.known["moderate", *self.of, self.kind]:
-            slope = kind.gradient(at.log_probs(self.first), at.log_probs(self.against))
+        grad = grad * _scale(own)
+        if not at.known[self._moderate]:
+            slope = kind.gradient(at.log_probs(self.first, own), at.log_probs(self.against, other))
             dlogits.addcmul_(slope.to(dlogits.dtype), grad[:, None])
             return
-        log_u, p = at.log_ratio(self.first, self.against), at.probs(self.first)
-        slopes = kind.slopes_(log_u, p, at.probs(self.against) if kind.slopes_read_q else p)
+        log_u, p = at.log_ratio(self.first, self.against, own, other), at.probs(self.first, own)
+        slopes = kind.slopes_(log_u, p, at.probs(self.against, other) if kind.slopes_read_q else p)
         dlogits.addcmul_(slopes, grad[:, None])
-        at.add_along(self.first, None, -grad * slopes.sum(-1))
+        at.add_along(self.first, own, -grad * slopes.sum(-1))
         at.give(log_u)
 
 
@@ -221,7 +242,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Value:
-    """The number that the method's head `head` reads from the states of `of[0]`, or of a body of its own.
+    """The number, or the numbers, that the method's head `head` reads from the states of `of[0]`, or of its own body.
 
     With the model in `stop` only the head learns.
     """
@@ -235,10 +256,27 @@ class Value:
     def name(self) -> str:
         return f"value({self.of[0]}, {self.head})"
 
-    def __call__(self, at: Positions) -> Float[Tensor, "n"]:
+    def __call__(self, at: Positions) -> Float[Tensor, "n *K"]:
         own = at.hidden.get(backbone(self.head))  # a critic with a body of its own
         value = at.extra_heads[self.head](at.hidden[self.of[0]] if own is None else own)
         return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of a model from which the token was chosen, in fp32 at least: what a head would read there."""
+
+    of: tuple[str, ...] = ("policy",)
+    where: str = "last"
+    stop: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"state({self.of[0]})"
+
+    def __call__(self, at: Positions) -> Float[Tensor, "n D"]:
+        state = at.hidden[self.of[0]]
+        return state.to(torch.promote_types(state.dtype, torch.float32))
 
 
 def backbone(head: str) -> str:

@@ -26,6 +26,7 @@ class Positions:
         temperature: of the softmax of every model; the one that the rollout uses.
         known: numbers [n] that an earlier pass over the same positions found; those of this one are added.
         workspace: where the tensors [n, V] come from.
+        column: what the rows' columns per token hold at these positions, by name.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Positions:
         temperature: float = 1.0,
         known: dict[Hashable, Any] | None = None,
         workspace: Workspace | None = None,
+        column: Callable[[str], Tensor] | None = None,
     ):
         self.token, self.hidden = token, hidden
         self.model_heads, self.extra_heads = model_heads, extra_heads or {}
         self.temperature = temperature
+        self.column = _no_column if column is None else column
         self.known = {} if known is None else known
         self.workspace = Workspace() if workspace is None else workspace
         self.differentiable = False
@@ -49,7 +52,9 @@ class Positions:
 
     def with_leaf(self, leaf: Float[Tensor, "n V"]) -> "Positions":
         """The same positions as functions of the policy's logits, for autograd; other models stay constant."""
-        again = Positions(self.token, self.hidden, self.model_heads, self.extra_heads, self.temperature)
+        again = Positions(
+            self.token, self.hidden, self.model_heads, self.extra_heads, self.temperature, column=self.column
+        )
         again.differentiable = True
         again.known = {key: value for key, value in self.known.items() if key[1] != "policy"}  # type: ignore[index]
         again._cache = {key: value for key, value in self._cache.items() if key[1] != "policy"}  # type: ignore[index]
@@ -138,12 +143,14 @@ class Positions:
 
     # -- of two ----------------------------------------------------------------------------------------------------
 
-    def log_ratio(self, first: str, second: str) -> Float[Tensor, "n V"]:
-        """log p - log q, for its reader to write over and to give back; nan where neither has mass."""
-        z, other = self.centred(first), self.centred(second)
-        mass, total = self.mass(first), self.mass(second)
+    def log_ratio(
+        self, first: str, second: str, own: Transform | None = None, other: Transform | None = None
+    ) -> Float[Tensor, "n V"]:
+        """log p - log q, each transformed, for its reader to write over and give back; nan where neither has mass."""
+        z, against = self.centred(first, own), self.centred(second, other)
+        mass, total = self.mass(first, own), self.mass(second, other)
         between = torch.log1p((mass - total) / total)  # log(mass / total): exactly 0 for equal models
-        return torch.sub(z, other, out=self.take_like(z)).sub_(between[:, None].to(z.dtype))
+        return torch.sub(z, against, out=self.take_like(z)).sub_(between[:, None].to(z.dtype))
 
     # -- gradients along the probabilities -----------------------------------------------------------------------
 
@@ -187,6 +194,10 @@ class Positions:
         if key not in self._cache:
             self._cache[key] = compute()
         return self._cache[key]
+
+
+def _no_column(name: str) -> Tensor:
+    raise KeyError(f"these positions belong to no rows, so they have no column '{name}'")
 
 
 def _precise_sum(numbers: Float[Tensor, "n V"]) -> Float[Tensor, "n"]:

@@ -73,7 +73,7 @@ def ensure_base(task: Task, how: BaseRecipe | None = None, report: Reporter = si
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(final.parent / f".{final.name}.lock"):
+    with locked(final.parent / f".{final.name}.lock"):
         if final.is_dir():
             return final
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
@@ -133,7 +133,8 @@ def train_base(task: Task, how: BaseRecipe, report: Reporter = silent):
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time: the others wait."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -14,6 +14,7 @@ import yaml
 from keel.core.config import from_config, is_part, to_config
 from keel.core.errors import ConfigError, nearest
 from keel.method import CHAINS, Method
+from keel.models.sources import Pretrained
 from keel.recipes.registry import Recipe, recipe_named
 from keel.rollouts.rollout import named_sampler
 from keel.sampling.catalogue import entry_of
@@ -80,6 +81,7 @@ class Request:
         file: contents of a configuration file.
         model: `tiny`, folder or hub name; None leaves it to the file.
         seed, name: None leaves them to the file.
+        teacher: folder or hub name of the method's model `teacher`, in place of its own.
     """
 
     recipe: str | Method | None = None
@@ -87,10 +89,11 @@ class Request:
     file: Mapping[str, Any] | None = None
     model: str | None = None
     task: str | None = None
-    data: str | None = None
+    data: str | Mapping[str, float] | None = None
     rewards: tuple[str, ...] = ()
     seed: int | None = None
     name: str | None = None
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         for key, value in (self.values or {}).items():
@@ -170,6 +173,8 @@ def resolve(request: Request, task: Task | None = None) -> Configuration:
         arguments = {**fitting, **arguments, **bare}
         method = known(**arguments)
         method = _with_preset(method, preset, arguments, known, task)
+    if request.teacher is not None:
+        method = _with_teacher(method, request.teacher)
     for path, value in _with_sampler(paths, method).items():
         method = method.set(path, from_config(value, path))
     _check_chains(method)
@@ -282,6 +287,13 @@ def _with_sampler(paths: Mapping[str, Any], method: Method) -> dict[str, Any]:
     return {**first, **{path: rest[path] for path in rest if path != SAMPLER}, **settings}
 
 
+def _with_teacher(method: Method, teacher: str) -> Method:
+    """The method with another teacher."""
+    if "teacher" not in method.models:
+        raise ConfigError("this method has no model of that name", "teacher", "`keel methods show NAME` lists models.")
+    return method.replacing(models={**method.models, "teacher": Pretrained(teacher)})
+
+
 def _section_values(request: Request, name: str) -> dict[str, Any]:
     """What the file, the flags and the paths say of one section."""
     given = dict(request.file or {}).get(name) or {}
@@ -294,7 +306,7 @@ def _section_values(request: Request, name: str) -> dict[str, Any]:
         if request.task is not None:
             values.update(name=request.task, data=None)
         if request.data is not None:
-            values.update(data=request.data, name=None)
+            values.update(data=request.data if isinstance(request.data, str) else dict(request.data), name=None)
         if request.rewards:
             values["rewards"] = request.rewards
     for key, value in (request.values or {}).items():

@@ -35,6 +35,7 @@ def train(
     runs: str | Path = "runs",
     config: str | Path | Mapping[str, Any] | None = None,
     report: Reporter | None = None,
+    teacher: str | Path | None = None,
     **settings: Any,
 ) -> Run:
     """Train a model by a recipe or a method, and measure it before and after.
@@ -45,7 +46,8 @@ def train(
         tokenizer: of a model in memory.
         task: a built-in task, a reasoning-gym data set, or an object with the attributes of `keel.tasks.task.Task`.
         data: in place of a task: a path, a list of dictionaries, or a `datasets.Dataset`, with a column `prompt` (text
-            or messages) or `messages`; other columns reach the reward function.
+            or messages) or `messages`; other columns reach the reward function. For methods that compare completions
+            pairs, labels, lists or ratings (`load_preferences`), or several paths with their weights, {path: weight}.
         reward: `def reward(prompts, completions, completion_ids, **columns) -> list[float | None]`, as a callable, as
             `module:function` (then in a process of its own), several in a list or by name.
         seed: decides all randomness; 0 if neither it nor the configuration says otherwise.
@@ -54,6 +56,8 @@ def train(
         runs: folder of all runs.
         config: a configuration file, or its contents.
         report: called with (event, facts) while the run goes on; by default a progress bar where there is a terminal.
+        teacher: what a distillation learns from, in place of the method's own `models.teacher`: `tiny`, a folder, a
+            run's folder, or a hub name.
         **settings: arguments of the recipe (`beta=0.04`), training settings (`max_steps=200`), and dotted paths
             (`**{"rollout.num_prompts": 8}`).
 
@@ -76,6 +80,7 @@ def train(
         name=name,
         config=config,
         settings=settings,
+        teacher=teacher,
         report=report,
     )
     return execute(setup, Path(runs), resume=resume, report=report)

@@ -34,10 +34,13 @@ from keel.train.checkpoint import (
 )
 from keel.train.configuration import Configuration, differences, read_file
 from keel.train.episodes import evaluation_limits
+from keel.train.held_out import beside, measure_preferences
 from keel.train.measure import measure_policy
 from keel.train.online import run
+from keel.train.reward_model import check_reward_model, measure_reward_model, write_reward_model
 from keel.train.session import Reporter, Session, build_session, reward_functions, silent
 from keel.train.setup import IN_MEMORY, Setup, load_model
+from keel.train.strengths import measure_strengths
 from keel.train.tracking import check_trackers, tracked
 from keel.train.watch import Watch
 
@@ -170,6 +173,8 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
     session = build_session(
         config, setup.task, policy, setup.rewards, initial if checkpoint is not None else None, setup.preferences
     )
+    if config.method.kind == "reward":
+        check_reward_model(config.method, policy)
     session.path, session.store, session.report = path, store, report
     for name, item in config.method.controllers.items():
         if getattr(item, "seeded", False):  # one that draws
@@ -177,6 +182,8 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
     session.run_id = _run_id(store, config, resume)
     if checkpoint is not None:
         restore(session, checkpoint)
+    else:
+        measure_strengths(session)
     store.rewind(session.run_id, session.position.step)
     session.watch = Watch(config.to_dict(), store.metrics(session.run_id))
     return session
@@ -186,6 +193,8 @@ def _carry_out(setup: Setup, session: Session, report: Reporter) -> Run:
     config, store, run_id, path = session.config, session.store, session.run_id, session.path
     assert store is not None and run_id is not None and path is not None
     report("start", {"config": config, "session": session})
+    for note in session.preferences.notes if session.preferences is not None else ():
+        report("warning", {"text": note})
     measured = {e.phase: Evaluation.from_json(e.evaluation) for e in store.evaluations(run_id)}
     wanted = config.evaluate if session.rewards or config.method.kind != "online" else None
     fresh = session.position.step == 0 and "before" not in measured
@@ -201,6 +210,8 @@ def _carry_out(setup: Setup, session: Session, report: Reporter) -> Run:
     if session.position.step < config.train.max_steps:
         raise Stopped(f"stopped at step {session.position.step}; continue with --resume", str(path))
     save_checkpoint(session)
+    if config.method.kind == "reward":
+        write_reward_model(session, lambda: _initial_reference(setup, session))
     if wanted is not None and wanted.after and (found := _measure(session, setup, "after", report)) is not None:
         measured["after"] = found
     return _finish(session, measured, report)
@@ -209,8 +220,11 @@ def _carry_out(setup: Setup, session: Session, report: Reporter) -> Run:
 def _measure(session: Session, setup: Setup, phase: str, report: Reporter) -> Evaluation | None:
     """An evaluation on held-out prompts, stored; None where there is nothing to measure with."""
     config = session.config
+    if config.method.kind == "reward":
+        return _measure_comparisons(session, phase, report)
     rewards = session.rewards or reward_functions(config.task, session.task, setup.rewards)
-    if not rewards or not len(session.task.held_out):
+    sampled, compared = bool(rewards and len(session.task.held_out)), session.preferences is not None
+    if not sampled and not compared:
         return None
     rollout = config.method.rollout
     length = config.evaluate.max_completion_length or (
@@ -228,25 +242,45 @@ def _measure(session: Session, setup: Setup, phase: str, report: Reporter) -> Ev
     reference: PolicyModel | None = session.sources.get("ref")
     if reference is None and phase != "before" and setup.source is not session.policy.module:
         reference = _initial_reference(setup, session)
-    evaluation = measure_policy(
-        session.policy,
-        session.task,
-        rewards,
-        config.evaluate,
-        encoder=session.encoder,
-        max_completion_length=length,
-        seed=counter_seed(config.seed, "evaluate"),
-        reference=session.policy if phase == "before" else reference,
-        generator=config.train.generator,
-        max_tokens=session.engine.max_tokens,
-        progress=progress,
-        hidden=session.hidden,
-        limits=evaluation_limits(session.task, rollout, session.policy.context_length, length),
+    origin = session.policy if phase == "before" else reference
+    evaluation = (
+        measure_policy(
+            session.policy,
+            session.task,
+            rewards,
+            config.evaluate,
+            encoder=session.encoder,
+            max_completion_length=length,
+            seed=counter_seed(config.seed, "evaluate"),
+            reference=origin,
+            generator=config.train.generator,
+            max_tokens=session.engine.max_tokens,
+            progress=progress,
+            hidden=session.hidden,
+            limits=evaluation_limits(session.task, rollout, session.policy.context_length, length),
+        )
+        if sampled
+        else None
     )
+    evaluation = beside(evaluation, measure_preferences(session, origin, progress) if compared else None)
+    if evaluation is None:
+        return None
     assert session.store is not None and session.run_id is not None
     session.store.log_evaluation(session.run_id, session.position.step, phase, evaluation.to_json())
     report("evaluation", {"phase": phase, "evaluation": evaluation})
     return evaluation
+
+
+def _measure_comparisons(session: Session, phase: str, report: Reporter) -> Evaluation | None:
+    """A reward model on the held-out comparisons, stored; None without any."""
+    assert session.preferences is not None and session.store is not None and session.run_id is not None
+    count = min(session.config.evaluate.num_prompts, len(session.preferences.held_out))
+    report("phase", {"name": phase, "steps": count, "text": f"measuring {phase} training"})
+    found = measure_reward_model(session, lambda done, total: report("progress", {"done": done, "total": total}))
+    if found is not None:
+        session.store.log_evaluation(session.run_id, session.position.step, phase, found.to_json())
+        report("evaluation", {"phase": phase, "evaluation": found})
+    return found
 
 
 def _initial_reference(setup: Setup, session: Session) -> LanguageModel | None:
@@ -272,6 +306,7 @@ def _finish(session: Session, measured: dict[str, Evaluation], report: Reporter)
         "checkpoint": str((path / f"checkpoint-{session.position.step}").name),
         "checksum": checksum(session.policy.module),
         "last": last,
+        **({"notes": list(session.preferences.notes)} if session.preferences is not None else {}),
         **{phase: evaluation.to_json()["metrics"] for phase, evaluation in measured.items()},
     }
     store.finish(run_id, "finished", summary)
@@ -341,7 +376,8 @@ def _run_id(store: Store, config: Configuration, resume: bool) -> int:
     if resume:
         with contextlib.suppress(RunError):
             return store.run(config.name).id
-    task = config.task.name or config.task.data or IN_MEMORY
+    data = config.task.data or IN_MEMORY
+    task = config.task.name or (data if isinstance(data, str) else " + ".join(data))
     return store.create_run(
         config.name, config.to_dict(), config.recipe or "custom", task, config.model.path, config.seed
     )

@@ -14,6 +14,7 @@ from keel.evaluate.collect import collect
 from keel.evaluate.evaluation import Evaluation, Samples, assess
 from keel.evaluate.support import Classes, compare_support
 from keel.models.language import LanguageModel
+from keel.parts.rewards.named import of_models
 from keel.parts.rewards.score import score
 from keel.rollouts.choose import choose_generator
 from keel.rollouts.episodes import Limits, Played, play
@@ -162,7 +163,7 @@ def draw(
     engine = Engine(models, max_tokens=max_tokens)
 
     functions = {**rewards, **(hidden or {})}
-    verdict = getattr(task, "verdict", None)
+    verdict = getattr(task, "verdict", None) or ("gold" if "gold" in (hidden or {}) and of_models(rewards) else None)
 
     def statistics(rows: Rows) -> dict[str, Tensor]:
         needs: list[Functional] = [Entropy()] if reference is None else [Entropy(), Divergence("kl_policy_ref")]

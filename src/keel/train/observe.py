@@ -12,6 +12,7 @@ from keel.core.aggregate import Groups, masked_mean, ratio, token_weight, weight
 from keel.core.config import get_path
 from keel.core.rows import Rows, Stop
 from keel.divergences.estimators import estimate
+from keel.parts.replay.streams import Selection, split
 from keel.statistics.functionals import Divergence, Entropy, LogProb
 from keel.statistics.stats import Stats
 from keel.statistics.transforms import Temperature, chain
@@ -66,6 +67,7 @@ def update_metrics(session: Any, rows: Rows, stats: Stats) -> dict[str, float]:
     if method.replayed is not None:
         out |= method.replayed.metrics(rows, stats)
     strength = term_strength(method, rows, stats, session.states)
+    beside = split(rows, stats)[2]
     if not bool(rows.fresh.all()):  # what follows is of this batch
         index = rows.fresh.nonzero().flatten()
         rows, stats = rows.select(index), stats.select(index)
@@ -76,13 +78,21 @@ def update_metrics(session: Any, rows: Rows, stats: Stats) -> dict[str, float]:
     if method.surrogate is not None:
         out |= method.surrogate.metrics(rows, stats)
     for item in method.terms.values():
-        out |= item.metrics(rows, stats) if hasattr(item, "metrics") else {}
+        reads = (rows, stats, (beside.rows, beside.stats)) if reads_beside(item, beside) else (rows, stats)
+        if getattr(item, "stream", "main") == "regulariser":
+            reads = (beside.rows, beside.stats)
+        out |= item.metrics(*reads) if hasattr(item, "metrics") else {}
     if "behaviour" in rows.logp and LogProb() in stats:
         own = at_rollout_temperature(rows, method)
         sampled = [stats[f] for f in sampled_log_probs(method)]
         out |= sampler_metrics(rows, stats[LogProb()], torch.where(own[:, None], sampled[0], sampled[-1]), own)
         out |= sampler_ratio(rows, stats[LogProb()], own)
     return {name: float(value) for name, value in out.items()} | strength
+
+
+def reads_beside(item: Any, beside: Selection) -> bool:
+    """Whether a term reads prompts with other prompts' completions, and there are some."""
+    return getattr(item, "reads_mismatched", False) and len(beside.rows) > 0
 
 
 def kl_metrics(rows: Rows, stats: Stats) -> dict[str, Tensor]:
@@ -180,6 +190,7 @@ def stored_rollouts(
         mask, shown = chosen[place], present[place]
         prompt, completion = texts[i]
         earned = [] if rows.reward is None else rows.reward[i].tolist()
+        compared = [float(rows.columns["score"][i])] if rows.reward is None and "score" in rows.columns else []
         ids = rows.tokens[i].cpu()[shown].tolist()
         own = {n: torch.where(mask, v[place], math.nan)[shown].numpy() for n, v in numbers.items()}
         if not bool(mask[shown].all()):
@@ -188,7 +199,7 @@ def stored_rollouts(
             StoredRollout(
                 prompt=prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")),
                 completion=completion,
-                reward=math.fsum(value for value in earned if value == value) if earned else math.nan,
+                reward=math.fsum(v for v in earned or compared if v == v) if earned or compared else math.nan,
                 rewards=dict(zip(session.rewards, earned, strict=False)),
                 data_index=int(rows.data_index[i]),
                 group=int(rows.group[i]),

@@ -24,15 +24,20 @@ from keel.core.errors import DataError, TrainingError
 from keel.core.rows import Rows, Stream, cat
 from keel.models.heads import follow
 from keel.models.load import frozen_copy, is_out_of_memory, out_of_memory
+from keel.parts.replay.memory import joined
 from keel.parts.rewards.score import score
 from keel.rollouts.episodes import Played
 from keel.statistics.functionals import Entropy, Functional, LogProb
 from keel.statistics.stats import Stats
 from keel.tasks.environment import InteractiveTask
 from keel.tasks.task import Example, Text, completion_text
+from keel.train.ahead import ahead
 from keel.train.checkpoint import keep_batch, save_checkpoint
+from keel.train.degraded import with_degraded
+from keel.train.distillation import taught_metrics, taught_rows
 from keel.train.encode import Truncated, demonstration_rows, supervised_rows
 from keel.train.episodes import demonstrations
+from keel.train.mismatched import with_mismatched
 from keel.train.observe import (
     HIDDEN,
     batch_metrics,
@@ -41,13 +46,17 @@ from keel.train.observe import (
     stored_rollouts,
     update_metrics,
 )
-from keel.train.preferences import preference_rows
+from keel.train.pairwise import with_judgements
+from keel.train.phrases import with_phrases
+from keel.train.precomputed import frozen_statistics, precompute
+from keel.train.preferences import preference_rows, report_cuts
 from keel.train.preview import step_within
 from keel.train.references import with_references
 from keel.train.replay import begin, beside, left, remember
 from keel.train.session import Session
 from keel.train.strategies import Judge, distinct, draw_rows, tokens_drawn
 from keel.train.symptoms import ratio_metrics
+from keel.train.twins import twin_column, twin_rows
 from keel.train.watch import Watch
 
 PATIENCE = 3  # skipped updates in a row that end a run
@@ -76,6 +85,7 @@ def run(session: Session) -> None:
     train = session.config.train
     started = time.monotonic() - session.position.seconds
     begin(session)
+    precompute(session)
     while session.position.step < train.max_steps and not session.stopping():
         begun = time.monotonic()
         session.begin_step()
@@ -108,8 +118,7 @@ def prepare(session: Session) -> Batch:
     batch = rollout_batch(session) if online else given_batch(session)
     fresh = batch.rows.to(session.policy.device)
     rows, replayed, more = beside(session, fresh)
-    needs = session.method.frozen_needs(session.several_updates)
-    frozen = session.engine.measure(needs, rows, alias={"old": "policy"})
+    frozen = frozen_statistics(session, rows)
     rows = session.method.prepare(rows, frozen, session.states)
     _keep_old_weights(session)
     return Batch(rows, frozen, batch.metrics | more, batch.texts, fresh=fresh, replayed=replayed)
@@ -195,6 +204,8 @@ def score_round(
     values = scores.values.to(rows.device)
     named = {f"rewards/{name}": values[:, k] for k, name in enumerate(scores.names)}
     rows = rows.with_(reward=values, data_index=own, columns={**rows.columns, **named})
+    rows, unjudged, said_of = with_judgements(session, rows, [e.prompt for e in owners], replies, tokens, columns)
+    metrics |= said_of
     rows = with_references(session, rows, examples)
     if session.hidden:  # scored after the rewards, and kept where no part looks
         found = score(session.hidden, [e.prompt for e in owners], replies, tokens, columns, rows.group)
@@ -202,7 +213,7 @@ def score_round(
         rows = rows.with_(columns={**rows.columns, **measured})
         metrics |= {f"{HIDDEN}{name}/errors": float(errors) for name, errors in found.errors.items()}
     said: list[tuple[Text, str]] = [(e.prompt, text) for e, text in zip(owners, texts, strict=True)]
-    return rows, said, scores.failed.to(rows.device), metrics
+    return rows, said, scores.failed.to(rows.device) | unjudged, metrics
 
 
 def next_examples(session: Session, count: int, data: Sequence[Any] | None = None) -> list[Any]:
@@ -239,8 +250,35 @@ def tied_rows(rows: Rows) -> Tensor:
 
 
 def given_batch(session: Session) -> Batch:
-    """The next rows of a file: preferences for methods that compare completions, given completions for all others."""
-    return prepare_preferences(session) if session.preferences is not None else prepare_supervised(session)
+    """The next rows without rewards: preferences for methods that compare completions, drawn ones for a distillation
+    with a rollout, given completions for all others.
+    """
+    if session.preferences is not None:
+        return prepare_preferences(session)
+    drawn = session.method.kind == "distillation" and session.method.rollout is not None
+    return prepare_taught(session) if drawn else prepare_supervised(session)
+
+
+def prepare_taught(session: Session) -> Batch:
+    """The next completions of the policy, or of who writes for it, and in place of some those that are given."""
+    rollout, position = session.method.rollout, session.position
+    assert rollout is not None
+    count = 0 if rollout.given is None else rollout.given.count(rollout.num_prompts, session.config.seed, position.step)
+    parts = [prepare_supervised(session, count)] if count else []
+    if count < rollout.num_prompts:
+        begun = time.monotonic()
+        examples = next_examples(session, rollout.num_prompts - count)
+        rows = taught_rows(session, examples)
+        shown = zip(rows.tokens.cpu(), rows.present.cpu(), strict=True)
+        texts = [session.encoder.decode(row[present].tolist()) for row, present in shown]
+        said = [(examples[i].prompt, text) for i, text in zip(rows.group.tolist(), texts, strict=True)]
+        position.tokens += int(rows.mask.sum())
+        if count:  # what the given rows lack cannot be compared
+            rows = rows.with_(logp={}, group=rows.group + count)
+        parts.append(Batch(rows, Stats(), {"time/rollout": time.monotonic() - begun}, said))
+    rows = joined([part.rows.to(session.policy.device) for part in parts])
+    metrics = {name: value for part in parts for name, value in part.metrics.items()}
+    return Batch(rows, Stats(), metrics | taught_metrics(rows), [text for part in parts for text in part.texts])
 
 
 def prepare_preferences(session: Session) -> Batch:
@@ -251,14 +289,22 @@ def prepare_preferences(session: Session) -> Batch:
     limit = train.max_length or session.policy.context_length
     known = (session.preferences.kind, session.encoder, limit, session.config.seed, position.step)
     rows, cut = preference_rows(drawn, *known)
-    texts = [(p.prompt, completion_text(completion)) for p in drawn for completion in p.completions]
-    return _given(session, rows, cut, texts)
+    rows = with_phrases(rows, [drawn[i] for i in cut.kept], session.encoder)
+    texts = [(drawn[i].prompt, completion_text(completion)) for i in cut.kept for completion in drawn[i].completions]
+    batch = _given(session, rows, cut, texts)
+    batch.metrics.update(report_cuts(session, cut, len(texts), limit))
+    batch.rows = with_degraded(session, batch.rows, texts)
+    return replace(batch, rows=with_mismatched(batch.rows, limit)) if session.method.reads_mismatched else batch
 
 
-def prepare_supervised(session: Session) -> Batch:
-    """The next rows of given completions; those of the task's own solutions where it can make them."""
+def prepare_supervised(session: Session, count: int | None = None) -> Batch:
+    """The next rows of given completions; those of the task's own solutions where it can make them.
+
+    Args:
+        count: how many; None takes `train.batch_size`.
+    """
     train, position = session.config.train, session.position
-    examples = next_examples(session, train.batch_size)
+    examples = next_examples(session, count or train.batch_size)
     limit = train.max_length or session.policy.context_length
     if isinstance(session.task, InteractiveTask):
         shown = demonstrations(session.task, examples, position.drawn - len(examples))
@@ -278,7 +324,11 @@ def prepare_supervised(session: Session) -> Batch:
                 "Give `prompt` and `completion`, or `messages` that end with the assistant's.",
             )
         completions.append(text)
-    rows, cut = supervised_rows(examples, completions, session.encoder, limit, session.config.seed, position.step)
+    encoded = (session.encoder, limit, session.config.seed, position.step)
+    if (column := twin_column(session.method)) is not None:
+        rows, cut = twin_rows(examples, completions, column, *encoded)
+    else:
+        rows, cut = supervised_rows(examples, completions, *encoded)
     texts = [
         (e.prompt, c if isinstance(c, str) else str(c[-1]["content"]))
         for e, c in zip(examples, completions, strict=True)
@@ -314,7 +364,7 @@ def update(session: Session, batch: Batch) -> dict[str, float]:
         for index in minibatches(session, batch.rows, iteration):
             rows, frozen = batch.rows.select(index), batch.frozen.select(index)
             counter = (session.config.seed, session.position.step, number)
-            with explained_memory():
+            with explained_memory(), ahead(session, rows, number) as moved:
                 loss, stats = session.engine.step(
                     live_functionals(session, frozen),
                     rows,
@@ -336,6 +386,7 @@ def update(session: Session, batch: Batch) -> dict[str, float]:
             if not first:
                 batch.seen = (index, stats)
                 first = update_metrics(session, rows, method.with_old(stats)) | {"learning_rate": learning_rate}
+                first |= moved
                 if logs_completions(session, batch, session.position.step + 1):
                     batch.by_token = method.by_token(rows, method.with_old(stats), session.states)
             number += 1
@@ -382,7 +433,7 @@ def live_functionals(session: Session, frozen: Stats) -> list[Functional]:
     for functional in method.update_needs():
         if functional.of == ("old",) and functional not in frozen:
             needs[replace(functional, of=("policy",))] = None  # type: ignore[type-var]
-    if method.kind == "online":
+    if method.rollout is not None:
         needs |= dict.fromkeys([Entropy(), LogProb(), *sampled_log_probs(method)])
     return list(needs)
 
@@ -464,8 +515,9 @@ def record(session: Session, batch: Batch, metrics: dict[str, float]) -> None:
 
 def logs_completions(session: Session, batch: Batch, step: int) -> bool:
     """Whether completions of this step go to the store with their numbers per token."""
-    online = session.method.kind == "online" and session.store is not None and session.run_id is not None
-    return online and bool(batch.texts) and due(step, session.config.train.log_completions)
+    shown = session.method.kind == "online" or session.preferences is not None
+    stored = shown and session.store is not None and session.run_id is not None
+    return stored and bool(batch.texts) and due(step, session.config.train.log_completions)
 
 
 def _keep_old_weights(session: Session) -> None:

@@ -14,10 +14,10 @@ from keel.core.policy import PolicyModel
 from keel.method import Method, States
 from keel.models.heads import follow
 from keel.models.language import LanguageModel
-from keel.models.sources import SourceModel, build
+from keel.models.sources import SourceModel, build_all
 from keel.parts.rewards.functions import check_columns
+from keel.parts.rewards.named import guarded, of_models, reward_name
 from keel.parts.rewards.turns import ENVIRONMENT, environment_reward
-from keel.parts.rewards.worker import isolate
 from keel.rollouts.choose import choose_generator
 from keel.rollouts.episodes import COLUMNS
 from keel.rollouts.sampling import Generator
@@ -30,6 +30,8 @@ from keel.train.configuration import Configuration
 from keel.train.encode import Encoder
 from keel.train.episodes import check_episodes
 from keel.train.optimiser import Optimiser
+from keel.train.pairwise import judge_of
+from keel.train.precomputed import Precomputed, check_precomputed
 from keel.train.settings import TaskSettings, TrainSettings, micro_batch_tokens
 from keel.train.strategies import check_strategy
 from keel.train.watch import Watch
@@ -37,6 +39,7 @@ from keel.train.watch import Watch
 Reporter = Callable[[str, Mapping[str, Any]], None]
 # Verifiers of Keel's own that cannot hang run in the process itself.
 TRUSTED = ("countdown", "sparse", "saturated", "proxy")
+GOLD = "gold"  # the task's own reward, where a model's score takes its place
 
 
 def silent(event: str, facts: Mapping[str, Any]) -> None:
@@ -80,7 +83,9 @@ class Session:
     optimiser: Optimiser
     states: States
     controller_states: dict[str, Any]
+    judge: RewardFunction | None = None  # of pairs of completions, where a part of the method asks one
     preferences: Preferences | None = None  # what is compared, for methods that learn from comparisons
+    precomputed: Precomputed | None = None  # what models that do not move say of the data
     store: Store | None = None
     run_id: int | None = None
     path: Path | None = None
@@ -92,6 +97,7 @@ class Session:
     trackers: list[Callable[[Mapping[str, float], int], None]] = field(default_factory=list)
     watch: Watch | None = None  # the diagnosis while the run goes on
     order: tuple[int, list[int]] | None = None  # the order of the examples in the current pass
+    told: set[str] = field(default_factory=set)  # warnings that are given once
     begun: tuple[Position, dict[str, Any]] | None = None  # what the step in progress may have changed before its update
 
     @property
@@ -111,7 +117,7 @@ class Session:
 
     def close(self) -> None:
         """End the reward workers."""
-        for function in (*self.rewards.values(), *self.hidden.values()):
+        for function in (*self.rewards.values(), *self.hidden.values(), self.judge):
             close = getattr(function, "close", None)
             if close is not None:
                 close()
@@ -141,7 +147,7 @@ def build_session(
     method, train = config.method, config.train
     rollout = method.rollout
     functions = _rewards(config, task, rewards) if method.kind == "online" else {}
-    sources = {name: build(source, policy, initial) for name, source in method.models.items()}
+    sources = build_all(method.models, policy, initial)
     heads = {name: spec.build(policy, counter_seed(config.seed, name)) for name, spec in method.heads.items()}
     follow(method.heads, heads, first=True)
     models: dict[str, PolicyModel] = {"policy": policy, **sources}
@@ -158,6 +164,8 @@ def build_session(
         f"{name}.{inner}": p for name, head in heads.items() for inner, p in head.named_parameters() if p.requires_grad
     }
     updates = train.max_steps * train.num_minibatches * train.num_iterations
+    if train.precompute_reference:
+        check_precomputed(method, sources)
     _check_context(config, policy)
     _check_warmup(train, heads)
     drawing = choose_generator(policy, train.generator)
@@ -171,6 +179,7 @@ def build_session(
         encoder=Encoder(policy, None if rollout is None else rollout.max_prompt_length, config.task.system_prompt),
         generator=drawing,
         rewards=functions,
+        judge=None if (judge := judge_of(method)) is None else guarded(judge, config.task.reward_timeout),
         hidden=hidden_functions(config.task, task, functions),
         sources=sources,
         heads=heads,
@@ -193,35 +202,41 @@ def reward_functions(
         ConfigError: a function has the name of the environment's reward.
     """
     timeout = settings.reward_timeout
-    named = dict(given or {}) or {_short(reward): reward for reward in settings.rewards} or dict(method_rewards or {})
+    stated = {reward_name(reward): reward for reward in settings.rewards}
+    named = dict(given or {}) or stated or dict(method_rewards or {})
     if isinstance(task, InteractiveTask):
         beside = named or task.rewards
         if ENVIRONMENT in beside:
             raise ConfigError(f"'{ENVIRONMENT}' is the environment's own reward", "reward", "Give another name.")
-        return {ENVIRONMENT: environment_reward} | {name: isolate(f, timeout) for name, f in beside.items()}
+        return {ENVIRONMENT: environment_reward} | {name: guarded(f, timeout) for name, f in beside.items()}
     if named:
-        return {name: isolate(reward, timeout) for name, reward in named.items()}
+        return {name: guarded(reward, timeout) for name, reward in named.items()}
     if task.rewards:
         trusted = task.name in TRUSTED
-        return {n: f if trusted else isolate(f, timeout) for n, f in task.rewards.items()}
+        return {n: f if trusted else guarded(f, timeout) for n, f in task.rewards.items()}
     if len(task.train) and "answer" in task.train[0].columns:
-        return {"math_verify": isolate("keel.parts.rewards.functions:MathVerify", timeout)}
+        return {"math_verify": guarded("keel.parts.rewards.functions:MathVerify", timeout)}
     return {}
 
 
 def hidden_functions(settings: TaskSettings, task: Task, rewards: Mapping[str, Any]) -> dict[str, RewardFunction]:
     """The functions that are measured only, under their time limits: those of the configuration, or the task's.
 
+    Where the reward is a model's score and nothing is named, the task's own rewards are: `gold`, or `gold_NAME` where
+    there are several. So it is seen when the policy gains by the model and loses by what the model stands for.
+
     Raises:
         ConfigError: one has the name of a reward.
     """
     timeout = settings.reward_timeout
-    named: Mapping[str, Any] = {_short(function): function for function in settings.hidden} or hidden_rewards(task)
+    named: Mapping[str, Any] = {reward_name(function): function for function in settings.hidden} or hidden_rewards(task)
+    if not named and of_models(rewards):
+        named = {GOLD if len(task.rewards) == 1 else f"{GOLD}_{name}": f for name, f in task.rewards.items()}
     for name in named:
         if name in rewards:
             raise ConfigError(f"'{name}' is a reward and hidden, too", "task.hidden", "Give one of them another name.")
     trusted = not settings.hidden and task.name in TRUSTED
-    return {name: function if trusted else isolate(function, timeout) for name, function in named.items()}
+    return {name: function if trusted else guarded(function, timeout) for name, function in named.items()}
 
 
 def _rewards(config: Configuration, task: Task, given: Mapping[str, Any] | None) -> dict[str, RewardFunction]:
@@ -238,10 +253,6 @@ def _rewards(config: Configuration, task: Task, given: Mapping[str, Any] | None)
         if callable(target):
             check_columns(name, target, columns)
     return functions
-
-
-def _short(reward: str) -> str:
-    return reward.rsplit(":", 1)[-1]
 
 
 def _check_warmup(train: TrainSettings, heads: Mapping[str, nn.Module]) -> None:

@@ -46,8 +46,9 @@ class TaskSettings(Section):
     Args:
         name: a built-in task, a reasoning-gym data set, `verifiers:ID`, or one's own as `file.py:NAME`; None with
             `data`.
-        options: of the task; of data `repeats` and `repeats_by`, how often a prompt comes by its pass rate.
-        data: path of a JSONL or Parquet file or a saved data set.
+        options: of the task; of data `repeats` and `repeats_by`, how often a prompt comes by its pass rate; of
+            preferences `pairs`, which pairs of a list are compared: extremes or all.
+        data: path of a JSONL or Parquet file or a saved data set; of preferences several, with their weights.
         held_out: share of the data that is held out, or a path of its own.
         rewards: functions as `module:function`; they replace the task's own.
         hidden: functions as `module:function` that are measured and recorded like rewards and enter no loss; they
@@ -58,7 +59,7 @@ class TaskSettings(Section):
 
     name: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
-    data: str | None = None
+    data: str | dict[str, float] | None = None
     held_out: float | str = 0.05
     rewards: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
@@ -83,6 +84,8 @@ class TrainSettings(Section):
         max_tokens: tokens of a micro-batch, padding included; None takes 16384, and on a CPU, where small ones are
             faster, 2048, unless the method has a part that would have to go forward twice.
         max_length: tokens of prompt and completion at most, for data from files; None is the model's context.
+        precompute_reference: of comparisons, measure what models that do not move say of them once, before the first
+            step, in place of once in every step.
         chunk_megabytes: memory for one copy of the logits; None takes what is fast: 10 on a CPU, 64 on an accelerator.
         dropout: train with the model's dropout.
         dynamic_sampling: replace tied groups by new prompts.
@@ -112,6 +115,7 @@ class TrainSettings(Section):
     batch_size: int = Field(32, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     max_length: int | None = Field(None, ge=2)
+    precompute_reference: bool = False
     chunk_megabytes: float | None = Field(None, gt=0)
     dropout: bool = False
     dynamic_sampling: bool = False

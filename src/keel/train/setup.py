@@ -11,8 +11,12 @@ from keel.method import Method
 from keel.models.adapters import LoRA
 from keel.models.language import LanguageModel
 from keel.models.load import load
+from keel.models.sources import Pretrained
+from keel.parts.rewards.named import reward_name
+from keel.parts.rewards.stored_teacher import StoredTeacher, stored
 from keel.tasks.data import DataTask, load_data
 from keel.tasks.load import load_task
+from keel.tasks.mixture import sources_of
 from keel.tasks.preference_data import load_preferences, prompts_of
 from keel.tasks.preferences import Kind, Preferences
 from keel.tasks.repeats import with_options
@@ -52,6 +56,7 @@ def prepare_setup(
     name: str | None,
     config: str | Path | Mapping[str, Any] | None,
     settings: Mapping[str, Any],
+    teacher: str | Path | None = None,
     report: Reporter = silent,
 ) -> Setup:
     """Resolve everything that can be resolved before the model is loaded."""
@@ -65,22 +70,26 @@ def prepare_setup(
         file=file,
         model=None if model is None else str(model) if isinstance(model, (str, Path)) else IN_MEMORY,
         task=task if isinstance(task, str) or task is None else task.name,
-        data=None if data is None else str(data) if isinstance(data, (str, Path)) else IN_MEMORY,
+        data=None if data is None else _named_data(data),
         rewards=named,
         seed=seed,
         name=name,
+        teacher=None if teacher is None else str(teacher),
     )
     chosen = settings_of_task(request)
-    reads = resolve(request).method.reads
+    first = resolve(request)
+    reads = first.method.reads
     preferences = None
     if reads is not None and (data is not None or chosen.data is not None):
-        preferences = open_preferences(chosen, data, reads, seed or 0)
+        preferences = open_preferences(chosen, data, reads, first.seed)
         loaded: Task = prompts_of(preferences)
     else:
-        loaded = task if task is not None and not isinstance(task, str) else open_task(chosen, data, seed or 0)
+        loaded = task if task is not None and not isinstance(task, str) else open_task(chosen, data, first.seed)
+        _check_fits(first.method, loaded, named)
     resolved = resolve(request, loaded)
     if resolved.task.name is None and resolved.task.data is None:
         resolved = _with_default_task(resolved)
+    resolved = _with_further_models(resolved, loaded, report)
     source: Any = model if resolved.model.path == IN_MEMORY else resolved.model.path
     if resolved.model.path == TINY:
         source = ensure_base(_base_task(loaded), report=report)
@@ -94,7 +103,7 @@ def open_preferences(settings: TaskSettings, data: Any, reads: Kind, seed: int) 
     given = data if data is not None else settings.data
     if given == IN_MEMORY:
         raise RunError("its data were given in memory", "data", "Give the same data again.")
-    return load_preferences(given, reads, settings.held_out, seed)
+    return load_preferences(given, reads, settings.held_out, seed, settings.options)
 
 
 def open_task(settings: TaskSettings, data: Any, seed: int) -> Task:
@@ -103,6 +112,8 @@ def open_task(settings: TaskSettings, data: Any, seed: int) -> Task:
         given = data if data is not None else settings.data
         if given == IN_MEMORY:
             raise RunError("its data were given in memory", "data", "Give the same data again.")
+        if sources_of(given) is not None:
+            raise ConfigError("several data sets are mixed for methods that compare completions, such as dpo", "data")
         return with_options(load_data(given, settings.held_out, seed), settings.options)
     return load_task(settings.name or DEFAULT_TASK, **settings.options)
 
@@ -167,6 +178,27 @@ def run_checkpoint(path: Path) -> Path | None:
     return checkpoint
 
 
+def _with_further_models(config: Configuration, task: Task, report: Reporter) -> Configuration:
+    """Of further models that are runs, their newest checkpoints; what is stored of a teacher must be there.
+
+    Raises:
+        ConfigError: one has no name.
+        DataError: a file of a teacher's numbers is not there, or is none.
+    """
+    for item in config.method.transforms.values():
+        if isinstance(item, StoredTeacher):
+            stored(item.path)
+    models = dict(config.method.models)
+    for name, source in models.items():
+        if not isinstance(source, Pretrained):
+            continue
+        if not source.path:
+            fix = f"Give --teacher, or --set models.{name}.path: a folder, a run's folder, or a hub name."
+            raise ConfigError("no model is named", f"models.{name}.path", fix)
+        models[name] = replace(source, path=str(model_source(source.path, task, report)))
+    return config if models == config.method.models else replace(config, method=config.method.replacing(models=models))
+
+
 def _with_default_task(config: Configuration) -> Configuration:
     return replace(config, task=config.task.model_copy(update={"name": DEFAULT_TASK}))
 
@@ -176,6 +208,33 @@ def _base_task(task: Task) -> Task:
     if isinstance(task, DataTask):
         return load_task(DEFAULT_TASK)
     return task.base_task() if hasattr(task, "base_task") else task
+
+
+def _named_data(data: Any) -> str | dict[str, float]:
+    """What the configuration says of data: a path, several with their weights, or that they are in memory."""
+    return str(data) if isinstance(data, (str, Path)) else sources_of(data) or IN_MEMORY
+
+
+def _check_fits(method: Method, task: Task, rewards: tuple[str, ...]) -> None:
+    """Say what learns from comparisons where another method is given some.
+
+    Raises:
+        ConfigError: a supervised method, or an online one that has no reward, on pairs, labels or lists.
+    """
+    if not isinstance(task, DataTask) or not len(task.train):
+        return
+    columns = task.train[0].columns
+    pairs, lists = {"chosen", "rejected"} <= set(columns), "completions" in columns
+    if not pairs and not lists:
+        return
+    what = "pairs (`chosen`, `rejected`)" if pairs else "lists (`completions`)"
+    fits = "Train dpo, or another method of pairs (`keel methods`)"
+    if method.kind == "supervised" and task.train[0].completion is None:
+        fix = f"{fits}; to learn from the chosen ones alone, name that column `completion`."
+        raise ConfigError(f"these are {what}, and this method learns from one completion", "data", fix)
+    if method.kind == "online" and not rewards and not method.rewards and "answer" not in columns:
+        given = "or give --reward to score what this method draws"
+        raise ConfigError(f"these are {what}, and this method draws its own completions", "data", f"{fits}, {given}.")
 
 
 def named_rewards(reward: Any) -> tuple[tuple[str, ...], dict[str, Any] | None]:
@@ -197,5 +256,5 @@ def named_rewards(reward: Any) -> tuple[tuple[str, ...], dict[str, Any] | None]:
 
 def _reward_name(reward: Any) -> str:
     if isinstance(reward, str):
-        return reward.rsplit(":", 1)[-1]
+        return reward_name(reward)
     return getattr(reward, "__name__", type(reward).__name__)

@@ -12,7 +12,7 @@ such an objective has a gradient field, but is in general not the maximum of any
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from keel.divergences.family import FDivergence, f_divergence
 from keel.exact.optima import optimum
 from keel.exact.space import TabularPolicy
 from keel.exact.states import sequence_log_probs, state_optimum
+from keel.parts.rewards.pairing import bradley_terry
 from keel.targets import target as targets
 from keel.targets.curated import curated
 from keel.targets.moments import fit_multipliers
@@ -30,7 +31,7 @@ from keel.targets.target import Target
 from keel.verify.world import World
 
 Form = Literal["reward", "target", "data"]
-Level = Literal["sequence", "state", "reference"]
+Level = Literal["sequence", "state", "reference", "data"]
 ROOT = "sqrt "  # before the name of a divergence
 
 
@@ -73,19 +74,28 @@ class Objective:
             return (world.log_probs("data").exp() * sequence_log_probs(policy)).sum(1).mean()
         if self.form == "target":
             assert self.divergence is not None
-            return -f_divergence(self.divergence).value(sequence_log_probs(policy), self.target_log_probs(world)).mean()
+            return -self.distance(policy, world)
         gain = (sequence_log_probs(policy).exp() * world.reward).sum(1).mean()
         return gain - self.beta * self.distance(policy, world) if self.divergence else gain
 
     def distance(self, policy: TabularPolicy, world: World) -> Float[Tensor, ""]:
-        """The divergence to the reference at this level."""
+        """The divergence to the reference, or to the target, at this level."""
         assert self.divergence is not None
         kind = f_divergence(self.divergence.removeprefix(ROOT))
         if self.level == "sequence":
             mean = kind.value(sequence_log_probs(policy), self.reference(world)).mean()
             # the root has a corner at 0, where 0 is one of its slopes
             return mean.clamp(min=1e-16).sqrt() if self.divergence.startswith(ROOT) else mean
-        return held_divergence(kind, policy, world, self.target or "ref", "ref" if self.level == "reference" else "old")
+        visited = {"reference": "ref" if self.form == "reward" else str(self.target), "data": "data"}
+        return held_divergence(kind, policy, world, self._table(world), visited.get(self.level, "old"))
+
+    def _table(self, world: World) -> TabularPolicy:
+        """That to which the states' divergence is taken."""
+        if self.target != "teacher_power":
+            return world.table(self.target or "ref")
+        lam = float(self.settings["lam"])
+        logits = (1 - lam) * world.table("ref").table + lam * world.table("teacher").table
+        return TabularPolicy(world.space, logits.detach())
 
     def reference(self, world: World) -> Float[Tensor, "Q S"]:
         """log-probabilities of what a reward is weighed against: the reference, or a target that it names."""
@@ -104,7 +114,8 @@ class Objective:
         if self.form == "data":
             return world.log_probs("data")
         if self.form == "target":
-            return self.target_log_probs(world)
+            held = self.level != "sequence"
+            return sequence_log_probs(self._table(world)).detach() if held else self.target_log_probs(world)
         if not self.divergence:
             best = world.reward >= world.reward.amax(1, keepdim=True)
             return world.log_probs("ref").masked_fill(~best, -math.inf).log_softmax(-1)
@@ -114,10 +125,10 @@ class Objective:
             return _ascended(self, world)
         if self.level == "sequence":
             return optimum(world.reward, self.reference(world), self.beta, f_divergence(self.divergence)).log_prob
-        held = state_optimum(
+        found = state_optimum(
             world.table(self.target or "ref"), world.reward, self.beta, f_divergence(self.divergence), held_fixed=True
         )
-        return sequence_log_probs(held.policy(world.space)).detach()
+        return sequence_log_probs(found.policy(world.space)).detach()
 
     def gradient(self, world: World) -> Float[Tensor, "Q X V"]:
         """The direction of steepest increase at the world's policy, in its logits."""
@@ -127,10 +138,10 @@ class Objective:
 
 
 def held_divergence(
-    kind: FDivergence, policy: TabularPolicy, world: World, against: str = "ref", visited: str = "old"
+    kind: FDivergence, policy: TabularPolicy, world: World, against: str | TabularPolicy = "ref", visited: str = "old"
 ) -> Float[Tensor, ""]:
     """sum over visited states of D(pi(.|s), ref(.|s)), the visits held; `against` and `visited` name the models."""
-    ref, sampler = world.table(against), world.table(visited)
+    ref, sampler = world.table(against) if isinstance(against, str) else against, world.table(visited)
     total = torch.zeros((), dtype=torch.float64)
     for prompt in range(world.space.prompts):
         rows = world.space.rows(prompt)
@@ -232,8 +243,8 @@ def _mode_anchor(world: World, claim: Objective) -> Target:
 
 
 def _win_rate_tilt(world: World, claim: Objective) -> Target:
-    """The tilt by E_ref[sigmoid(k (r - r_ref))]."""
-    gap = float(claim.settings["k"]) * (world.reward[:, :, None] - world.reward[:, None])
+    """The tilt by E_ref[sigmoid(k (r - r_ref))], k = 1 where the recipe has none."""
+    gap = float(claim.settings.get("k", 1.0)) * (world.reward[:, :, None] - world.reward[:, None])
     won = (gap.sigmoid() * world.log_probs("ref").exp()[:, None]).sum(2)
     return targets.tilt(world.log_probs("ref"), won, claim.beta)
 
@@ -253,6 +264,51 @@ def _successes(world: World, claim: Objective) -> Target:
     return Target(world.log_probs("old").masked_fill(~good, -math.inf))
 
 
+def _wins(world: World, claim: Objective, opponent: Float[Tensor, "Q S"]) -> Float[Tensor, "Q S"]:
+    """P(y beats a completion of the opponent), by the labels of the recipe; with "best" the better one always wins."""
+    gap = world.reward[:, :, None] - world.reward[:, None]
+    heat = 0.0 if claim.settings.get("labels") == "best" else float(claim.settings["label_temperature"])
+    return (bradley_terry(gap, heat) * opponent.exp()[:, None]).sum(2)
+
+
+def _mirror(share: float | None = None) -> Callable[[World, Objective], Target]:
+    """ref^share old^(1 - share) exp(P(y beats old) / beta); the share is the recipe's `ratio` where none is given."""
+
+    def target(world: World, claim: Objective) -> Target:
+        own = float(claim.settings["ratio"]) if share is None else share
+        ref, old = world.log_probs("ref"), world.log_probs("old")
+        return Target(own * ref + (1 - own) * old + _wins(world, claim, old) / claim.beta)
+
+    return target
+
+
+def _self_step(world: World, claim: Objective) -> Target:
+    """The policy of the last iteration, tilted to what the sampler scores above its own samples."""
+    old, ref = world.log_probs("old"), world.log_probs("ref")
+    own = replace(world, reward=old - ref)
+    return Target(world.log_probs("past") + _wins(own, replace(claim, settings={"labels": "best"}), old) / claim.beta)
+
+
+def _nash_md(world: World, claim: Objective) -> Target:
+    """The answer to the mixture of the sampler and the reference."""
+    share, ref = float(claim.settings["mixture"]), world.log_probs("ref")
+    mixture = ((1 - share) * world.log_probs("old") + share * ref).log_softmax(1)
+    return Target(ref + _wins(world, claim, mixture) / claim.beta)
+
+
+def _nash_mp(world: World, claim: Objective) -> Target:
+    """A proximal step from the target network, against it or against the policy half a step ahead."""
+    eta, ref, base = float(claim.settings["eta"]), world.log_probs("ref"), world.log_probs("target")
+    opponent = world.log_probs("half" if claim.settings["half_step"] else "target")
+    return Target((eta * (ref + _wins(world, claim, opponent) / claim.beta) + base) / (1 + eta))
+
+
+def _teacher_power(world: World, claim: Objective) -> Target:
+    """base^(1 - lam) teacher^lam of whole sequences."""
+    lam = float(claim.settings["lam"])
+    return targets.log_linear([world.log_probs("ref"), world.log_probs("teacher")], [1 - lam, lam])
+
+
 TARGETS: Mapping[str, Callable[[World, Objective], Target]] = {
     "tilt": _tilt,
     "tilt_of_sampler": _tilt_of_sampler,
@@ -263,8 +319,15 @@ TARGETS: Mapping[str, Callable[[World, Objective], Target]] = {
     "best_of_n": _best_of_reference,
     "best_of_sampler": _best_of_sampler,
     "teacher": lambda world, claim: targets.teacher(world.log_probs("teacher")),
+    "teacher_power": _teacher_power,
     "mode_anchor": _mode_anchor,
     "curated": _curated,
     "successes": _successes,
     "win_rate_tilt": _win_rate_tilt,
+    "preference_step": _mirror(1.0),
+    "win_rate_step": _mirror(0.0),
+    "mirror_step": _mirror(),
+    "self_step": _self_step,
+    "nash_md": _nash_md,
+    "nash_mp": _nash_mp,
 }

@@ -21,21 +21,24 @@ from keel.verify.world import World
 LOWEST = -40.0  # log-probability below which no mass matters
 
 
-def preference_rows(world: World, reads: Kind) -> Rows:
+def preference_rows(world: World, reads: Kind, beta: float = 1.0) -> Rows:
     """Every comparison of two completions of a prompt, or every completion with each label, at its probability.
 
     Of pairs and lists, each comparison brings two rows of its own, the preferred one first; the row's weight is the
-    probability of the comparison, and the mask "nll" holds the preferred completions. Of labels, sigmoid(r - c) is the
-    probability of the label 1, with c such that the tilt of the reference by r - c is normalised.
+    probability of the comparison, and the mask "nll" holds the preferred completions. What the data say of each
+    completion of a pair is its reward; of a list, which of the two is preferred. Of labels, sigmoid(r - c) is the
+    probability of the label 1, with c such that ref exp((r - c) / beta) is normalised.
     """
-    return cat([_labels(world, q) if reads == "labels" else _pairs(world, q) for q in range(world.space.prompts)])
+    prompts = range(world.space.prompts)
+    return cat([_labels(world, q, beta) if reads == "labels" else _pairs(world, q, reads) for q in prompts])
 
 
-def _pairs(world: World, prompt: int) -> Rows:
+def _pairs(world: World, prompt: int, reads: Kind) -> Rows:
     prob, reward = world.log_probs("ref")[prompt].exp(), world.reward[prompt]
     first, second = (~torch.eye(len(prob), dtype=torch.bool)).nonzero(as_tuple=True)
     measure = prob[first] * prob[second] * (reward[first] - reward[second]).sigmoid()
-    rows = world.space.rows(prompt).select(torch.stack([first, second], 1).flatten())
+    place = torch.stack([first, second], 1).flatten()
+    rows = world.space.rows(prompt).select(place)
     count = len(first)
     chosen = torch.arange(2 * count) % 2 == 0
     return rows.with_(
@@ -44,9 +47,9 @@ def _pairs(world: World, prompt: int) -> Rows:
         exact=True,
         masks={"nll": rows.mask & chosen[:, None]},
         columns={
-            "score": chosen.double(),
+            "score": reward[place] if reads == "pairs" else chosen.double(),
             "position": (~chosen).long(),
-            "sequence": torch.stack([first, second], 1).flatten() + prompt * len(prob),
+            "sequence": place + prompt * len(prob),
         },
         pairs=Pairs(
             chosen=2 * torch.arange(count),
@@ -59,9 +62,9 @@ def _pairs(world: World, prompt: int) -> Rows:
     )
 
 
-def _labels(world: World, prompt: int) -> Rows:
+def _labels(world: World, prompt: int, beta: float) -> Rows:
     log_prob, reward = world.log_probs("ref")[prompt], world.reward[prompt]
-    right = (reward - (log_prob + reward).logsumexp(0)).sigmoid()
+    right = (reward - beta * (log_prob + reward / beta).logsumexp(0)).sigmoid()
     count = len(log_prob)
     rows = world.space.rows(prompt).select(torch.arange(count).repeat(2))
     good = torch.arange(2 * count) < count
@@ -115,8 +118,14 @@ def minimiser(method: Any, world: World) -> World:
         return found.loss, -found.direction.flatten().numpy()
 
     start = world.ref.flatten().numpy()
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-10})
+    options = {"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-10}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
     return replace(world, policy=torch.as_tensor(found.x).reshape(shape), old=world.old)
+
+
+def has_minimum(method: Any) -> bool:
+    """Whether the loss is a potential of its gradient; with weights of pairs that are held constant it is not."""
+    return all(getattr(term, "weight", None) is None for term in method.terms.values())
 
 
 def learnt_scores(method: Any, world: World) -> Float[Tensor, "Q S"]:

@@ -9,19 +9,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keel.core.rows import REPLAYED, Rows, Stream, cat
+from keel.core.rows import REPLAYED, Pairs, Rows, Stream, cat
 from keel.exact.space import TabularPolicy
 from keel.method import Method
 from keel.parts.advantages.stream import discounted_sum, reward_stream
 from keel.parts.replay.memory import joined
 from keel.parts.replay.rehearsal import Rehearsal
+from keel.parts.rewards.stored_teacher import StoredTeacher
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import Functional, LogProb, Value
 from keel.statistics.stats import Stats
+from keel.statistics.teachers import TopTokens
 from keel.verify.pairs import preference_rows
 from keel.verify.world import World
 
-KINDS = ("online", "supervised", "pairs")
+KINDS = ("online", "supervised", "pairs", "distillation")
 EVERYTHING = 1 << 30  # tokens: one micro-batch
 
 
@@ -71,13 +73,38 @@ def expected_update(
 
 def batch_for(method: Method, world: World) -> Rows:
     """The rows that a method of this kind learns from, enumerated."""
-    if method.kind == "supervised":
-        return world.rows("data").with_(reward=None)
+    if method.kind in ("supervised", "distillation"):
+        return _taught(method, world)
     if method.reads is not None:
-        return preference_rows(world, method.reads)
+        return preference_rows(world, method.reads, _scale(method))
     rows = world.rows("old")
     rows = rows.with_(logp={"behaviour": _token_log_probs(world.table("old"), rows)})
     return with_greedy(method, world, rows)
+
+
+def _taught(method: Method, world: World) -> Rows:
+    """Completions of the data, or of who writes them: the policy, or a teacher; with the teacher's own numbers, where
+    a part reads them from columns.
+    """
+    written = None if method.rollout is None else method.rollout.written
+    alone = written is not None and written.alpha == 1
+    who = written.model if written is not None and alone else "data" if method.rollout is None else "old"
+    rows = world.rows(who).with_(reward=None)
+    if any(hasattr(term, "twin") for term in method.terms.values()):  # both prompts are the same here
+        index, none = torch.arange(len(rows)), torch.zeros_like(rows.weight)
+        rows = rows.with_(pairs=Pairs(index, index, rows.weight, none + 1, none + 1, none), masks={"distil": rows.mask})
+    if not any(isinstance(item, StoredTeacher) for item in method.transforms.values()):
+        return rows
+    asked = TopTokens(world.space.vocab)
+    found = Engine({"teacher": world.table("teacher")}, {}, max_tokens=EVERYTHING).measure([asked], rows)[asked]
+    ids, logp, rest = found.split([world.space.vocab, world.space.vocab, 1], -1)
+    columns = {"teacher_ids": ids.long(), "teacher_logp": logp, "teacher_rest": rest[..., 0]}
+    return rows.with_(columns={**rows.columns, **columns})
+
+
+def _scale(method: Method) -> float:
+    """beta of the loss, which decides where its scores are nought."""
+    return next((term.beta for term in method.terms.values() if hasattr(term, "beta")), 1.0)
 
 
 def with_stored(method: Method, world: World, rows: Rows) -> Rows:

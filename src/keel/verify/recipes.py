@@ -21,7 +21,7 @@ from keel.verify.batches import situations
 from keel.verify.fixed_point import fixed_point, total_variation
 from keel.verify.identify import Identifier
 from keel.verify.objectives import Objective
-from keel.verify.pairs import learnt_scores, minimiser, stationarity
+from keel.verify.pairs import has_minimum, learnt_scores, minimiser, stationarity
 from keel.verify.population import KINDS, expected_update, with_greedy
 from keel.verify.world import World, random_world
 
@@ -145,7 +145,7 @@ def verify_recipe(
     method = recipe(**given)
     claim = method.claim
     found = Verification(recipe.name, dict(given), claim.objective if claim else "none claimed", NOTHING)
-    objective = None if claim is None else objective_of(claim, recipe, given)
+    objective = None if claim is None or not _states_an_optimum(claim, method) else objective_of(claim, recipe, given)
     if objective is not None and method.kind == "reward":
         _check_scores(found, method)
     elif objective is not None and method.kind == "pairs":
@@ -170,6 +170,11 @@ def verify_recipe(
         found.exact_with = _repairs(recipe, given, method)
     found.seconds = time.monotonic() - begun
     return found
+
+
+def _states_an_optimum(claim: Claim, method: Method) -> bool:
+    """Whether a claim can be held to: a loss of comparisons without a divergence names no policy as its best."""
+    return method.kind != "pairs" or claim.divergence is not None
 
 
 def default_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -238,7 +243,7 @@ def _check_minimum(found: Verification, method: Method, objective: Objective, fu
     found.gradient_relative_error = max(left.values())
     if found.gradient_relative_error > TOLERANCE:
         found.reasons.append(f"at the stated optimum {found.gradient_relative_error:.1%} of its gradient is left")
-    if full:
+    if full and has_minimum(method):
         reached = minimiser(method, worlds()["far"])
         found.fixed_point_tv = total_variation(reached.log_probs(), objective.optimum(reached))
         if found.fixed_point_tv > FIXED_POINT:

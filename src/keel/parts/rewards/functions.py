@@ -179,6 +179,8 @@ def call_reward(
     """
     given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     accepted = parameters(function).accepted
+    if accepted is not None and hasattr(function, "parameters"):
+        accepted |= {"completions"}  # who calls on behalf of another counts the answers by them
     keywords = {key: value for key, value in {**columns, **given}.items() if accepted is None or key in accepted}
     return as_numbers(function(**keywords), len(completions))
 

@@ -161,7 +161,6 @@ class PairLoss:
     noise: Noise = "conservative"
     weight: PairWeight | None = None
     coef: float = 1.0
-    additive = False
     reads = "pairs"
 
     def __post_init__(self) -> None:
@@ -181,6 +180,12 @@ class PairLoss:
         if len({getattr(score, "scale", 1.0) for score in self._scores if score.difference_only}) > 1:
             what = "the constant of the prompt that these scores leave open cancels only where their scales are equal"
             raise MethodError(what, "rejected.scale", "Take the score of the reverse KL.")
+
+    @property
+    def additive(self) -> bool:
+        """Whether slices that keep pairs whole add up: all parts read one pair at a time, unless one says otherwise."""
+        parts = [self.link, *self._scores, self.weight, self.gap]
+        return all(getattr(item, "additive", True) for item in parts)
 
     @property
     def _scores(self) -> tuple[Score, ...]:
@@ -219,7 +224,8 @@ class PairLoss:
         if self.weight is not None:
             factor = factor * self.weight(*sides(rows, stats, pairs)).detach()
         measure = pairs.measure.to(first)
-        return self.coef * ratio((measure * factor * loss).sum(), measure.sum())
+        whole = measure.sum() if rows.totals is None else rows.totals.pairs
+        return self.coef * ratio((measure * factor * loss).sum(), whole)
 
     @torch.no_grad()
     def metrics(self, rows: Rows, stats: Stats) -> dict[str, Tensor]:
