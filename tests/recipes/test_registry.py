@@ -41,7 +41,10 @@ def test_no_reference_is_loaded_in_vain(case):
     """A model is declared if and only if something reads it."""
     method: Method = case.method
     needs = [*method.prepare_needs(), *method.update_needs()]
-    assert set(method.models) == {name for need in needs for name in need.of} - {"policy", "old"}
+    writer = method.rollout.written.model if method.rollout is not None and method.rollout.written else None
+    drawn = {getattr(item, "source", None) for item in method.controllers.values()}  # who draws what a part looks at
+    read = {name for need in needs for name in need.of} | ({writer, *drawn} - {None})
+    assert set(method.models) == read - {"policy", "old"}
 
 
 def test_arguments_pass_on_to_the_baseline():

@@ -22,6 +22,28 @@ def base(task) -> str:
     return str(ensure_base(task, SMALL_BASE))
 
 
+@pytest.fixture(scope="session")
+def teacher(base, tmp_path_factory) -> str:
+    """Folder of a model that is near the base, and not the same."""
+    import torch
+
+    from keel.models.load import load, save
+
+    model, folder = load(base), tmp_path_factory.mktemp("teacher") / "model"
+    with torch.no_grad():
+        for i, weight in enumerate(model.module.parameters()):
+            weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    save(model, folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def _few_comparisons(monkeypatch):
+    """The built-in comparisons of tests are few: drawing them is most of the time."""
+    monkeypatch.setattr("keel.train.comparisons.PROMPTS", 64)
+    monkeypatch.setattr("keel.train.comparisons.HELD_OUT", 16)
+
+
 @pytest.fixture
 def train(base, tmp_path):
     """`keel.train` on the small base: few prompts, no evaluation, runs in a temporary folder."""

@@ -20,6 +20,7 @@ def test_both_ways_do_the_same(kind):
     assert float(found[0][1].abs().max()) > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_update_takes_a_small_part_of_the_memory_of_all_logits():
     """A quarter of the benchmark's tokens, and so of the logits; what a chunk takes stays as it is."""

@@ -33,7 +33,11 @@ def launch(base, runs, recipe, *flags):
     return subprocess.Popen([sys.executable, "-c", code, *flags], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("recipe", sorted(PARTS))
+SLOW = {"online_dpo", "reinforce"}  # grpo and ppo go the same way, and with a critic
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(PARTS)]
+
+
+@pytest.mark.parametrize("recipe", EACH)
 def test_a_killed_run_ends_with_the_same_bits(recipe, base, tmp_path):
     whole = launch(base, tmp_path / "whole", recipe)
     killed = launch(base, tmp_path / "killed", recipe)

@@ -11,7 +11,14 @@ from keel.verify.population import expected_update
 from keel.verify.recipes import worlds
 from keel.verify.world import World
 
-EACH = pytest.mark.parametrize("case", [c for c in part_cases() if c.method.kind == "online"], ids=str)
+# Parts that read what a loop puts beside the rows, which no world has, and parts of teachers, whose tables stay where
+# they are when the prompts are turned.
+BESIDE = {"part-mixed_target", "part-stored_divergence", "part-win_rate_regression"}
+TAUGHT = {"teacher"}
+
+EACH = pytest.mark.parametrize(
+    "case", [c for c in part_cases() if c.method.kind == "online" and c.name not in BESIDE], ids=str
+)
 
 
 def turned(world: World) -> World:
@@ -29,7 +36,8 @@ def test_the_update_is_finite_and_the_same_for_prompts_in_another_order(case: Ca
     world = worlds()["far, off-policy"]
     found = update(case.method, world)
     assert bool(found.isfinite().all()) and float(found.abs().max()) > 1e-4
-    torch.testing.assert_close(update(case.method, turned(world)).flip(0), found, rtol=1e-9, atol=1e-12)
+    if not TAUGHT & set(case.method.models):
+        torch.testing.assert_close(update(case.method, turned(world)).flip(0), found, rtol=1e-9, atol=1e-12)
 
 
 @EACH

@@ -146,6 +146,7 @@ def test_every_recipe_in_full(recipe, variant):
         assert found.status != SHORT or shortfall(recipe) is not None, found.reasons
 
 
+@pytest.mark.slow
 def test_a_shortfall_that_is_none_any_more_is_taken_off_the_list():
     assert set(KNOWN) <= {name for name in recipes() if any(_short(name, variant) for variant in _variants(name))}
 

@@ -141,7 +141,8 @@ def gkd(
     if not share:
         return method
     assert method.rollout is not None
-    return method.set("rollout.given", GivenCompletions(share, per)).replacing(claim=None)
+    claim = _stated("-D(pi, teacher) of the policy's completions, and of the data's for a share of them")
+    return method.set("rollout.given", GivenCompletions(share, per)).replacing(claim=claim)
 
 
 @recipe(preset={"train.learning_rate": 1e-5})
@@ -193,6 +194,7 @@ def minillm(
         surrogate=Surrogate(Clipped(epsilon)),
         terms={"distil": Summand(TeacherDivergence("kl_policy_ref", correction="token", cap=cap), 1.0)},
         models={"teacher": _teacher(teacher)},
+        claim=_stated("-KL(pi || teacher), by samples of a mixture of both with capped weights"),
     )
 
 
@@ -276,7 +278,8 @@ def sin_kd(coef: float = 0.1, epsilon: float = 0.1, transport_temperature: float
     if not coef:
         return method
     transport = SinkhornDistillation(coef, transport_temperature, epsilon)
-    return method.replacing(claim=None).adding(terms={"sinkhorn": transport})
+    claim = _stated("-KL(teacher || pi) per state, and the transport between both within a batch")
+    return method.replacing(claim=claim).adding(terms={"sinkhorn": transport})
 
 
 @recipe(paper=128, baseline="distillation", neutral={"coef": 0.0}, preset={"train.learning_rate": 1e-5})
@@ -292,7 +295,8 @@ def relational_distillation(coef: float = 1.0, space: Literal["js", "gram"] = "j
     method = distillation(**options)
     if not coef:
         return method
-    return method.replacing(claim=None).adding(terms={"relations": RelationalMatch(coef, space)})
+    claim = _stated("-KL(teacher || pi) per state, and the distances within a batch as the teacher has them")
+    return method.replacing(claim=claim).adding(terms={"relations": RelationalMatch(coef, space)})
 
 
 @recipe(paper=7, preset={"train.learning_rate": 1e-5})
@@ -311,7 +315,8 @@ def bd_kd(
     Source: "BD-KD: Balancing the Divergences for Online Knowledge Distillation", 2024.
     """
     terms = {"distil": Summand(BalancedKL(nu, temperature), coef), "nll": Summand(NegativeLogLikelihood(), nll)}
-    return _given(teacher, None).adding(terms=terms)
+    claim = _stated("both KLs to the teacher per state, the one stronger that closes the gap of the entropies")
+    return _given(teacher, claim).adding(terms=terms)
 
 
 @recipe(paper=15, preset={"train.learning_rate": 1e-5})
@@ -326,7 +331,8 @@ def pld(k: int | None = 32, temperature: float = 1.0, renormalise: bool = False,
 
     Source: "PLD: A Choice-Theoretic List-Wise Knowledge Distillation", 2025.
     """
-    return _given(teacher, None).adding(terms={"pld": Summand(ListwiseDistillation(k, temperature, renormalise), 1.0)})
+    claim = _stated("likelihood of the teacher's ranking of the tokens, that of the data first")
+    return _given(teacher, claim).adding(terms={"pld": Summand(ListwiseDistillation(k, temperature, renormalise), 1.0)})
 
 
 @recipe(paper=168, baseline="sft", neutral={"alpha": 0.0})
@@ -346,6 +352,7 @@ def ps_kd(alpha: float = 0.8, epochs: int = 3, k: int = 16) -> Method:
         kind="supervised",
         transforms={"earlier": EarlierPredictions(alpha, epochs, k)},
         terms={"nll": Summand(MixedTarget(), 1.0)},
+        claim=_stated("-KL(target || pi), the target mixed of the data and of what the policy predicted a pass before"),
     )
 
 
@@ -361,6 +368,10 @@ def random_teacher(random_seed: int = 0, share: float = 1.0, divergence: str = "
     Source: "Random Teachers are Good Teachers", 2023.
     """
     return distillation(divergence).replacing(models={"teacher": RandomInitial(random_seed, share)})
+
+
+def _stated(objective: str) -> Claim:
+    return Claim(objective, form="words")
 
 
 def _given(teacher: str | None, claim: Claim | None) -> Method:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from keel.core.aggregate import Aggregation
-from keel.method import Method
+from keel.method import Claim, Method
 from keel.models.sources import Initial, Pretrained
 from keel.parts.advantages.to_go import CentredToGo
 from keel.parts.rewards.implicit import ImplicitProcessReward, Level
@@ -55,7 +55,7 @@ def implicit_prm(beta: float = 0.05, loss: Literal["ce", "kto", "dpo", "nca"] = 
         terms={"outcome": losses[loss]},
         aggregation=Aggregation("sequence_mean_token_sum"),
         models={"ref": Initial()},
-        claim=dpo(beta).claim if loss == "dpo" else None,
+        claim=dpo(beta).claim if loss == "dpo" else Claim("likelihood of the labels, by log-ratios", form="words"),
     )
 
 
@@ -92,7 +92,7 @@ def grpo_implicit_prm(
         transforms={"sum": WeightedSum(), "process": process, **method.transforms},
         advantage={**method.advantage, **centre},
         models={**method.models, "prm": Pretrained(prm or ""), "prm_reference": first},
-        claim=None,
+        claim=Claim("E_pi[r] with rewards of steps on the way, less beta KL(pi || ref)", form="words"),
     )
 
 
@@ -114,6 +114,7 @@ def self_judge(student: float = 0.3, distil: float = 2.0) -> Method:
     return Method(
         kind="supervised",
         terms={"judge": JudgeDistillation(student, distil)},
+        claim=Claim("likelihood of the scores with and without a reference, and the KL between both", form="words"),
     )
 
 

@@ -55,7 +55,8 @@ def preference_strength_rm(
     """
     margin = 1.0 if mode.endswith("margin") else 0.0
     strength = PreferenceStrength(mode, share, members, folds)
-    return bradley_terry(margin, 0.0, label_smoothing).replacing(transforms={"strength": strength}, claim=None)
+    claim = Claim("the rewards behind comparisons of which other models have taken the noise", form="words")
+    return bradley_terry(margin, 0.0, label_smoothing).replacing(transforms={"strength": strength}, claim=claim)
 
 
 @recipe(paper=199, baseline="bradley_terry", neutral={"coef": 0.0}, preset=PRESET)
@@ -70,7 +71,8 @@ def contrastive_rm(coef: float = 0.1, on: On = "states", temperature: float = 0.
     Source: Wang et al., "Secrets of RLHF in Large Language Models Part II: Reward Modeling", 2024.
     """
     term = Contrastive(coef, on, temperature)
-    return bradley_terry(**reward_options).adding(terms={"contrast": term}).replacing(claim=None)
+    claim = Claim("the rewards behind the comparisons, and states of different texts apart", form="words")
+    return bradley_terry(**reward_options).adding(terms={"contrast": term}).replacing(claim=claim)
 
 
 @recipe(paper=199, baseline="bradley_terry", neutral={"rate": 0.0}, preset=PRESET)

@@ -174,7 +174,7 @@ def verify_recipe(
 
 def _states_an_optimum(claim: Claim, method: Method) -> bool:
     """Whether a claim can be held to: a loss of comparisons without a divergence names no policy as its best."""
-    return method.kind != "pairs" or claim.divergence is not None
+    return claim.form != "words" and (method.kind != "pairs" or claim.divergence is not None)
 
 
 def default_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -206,6 +206,7 @@ def objective_of(claim: Claim, recipe: Recipe, given: Mapping[str, Any]) -> Obje
     def argument(name: str) -> Any:
         return given.get(name, recipe.arguments[name].default)
 
+    assert claim.form != "words", "a claim in words is held to nothing"
     beta = float(argument(claim.beta) if isinstance(claim.beta, str) else claim.beta or 0.0)
     settings = {name: argument(name) for name in recipe.arguments}
     return Objective(claim.form, claim.divergence, claim.level, beta, claim.target, settings)
