@@ -10,7 +10,7 @@ from keel.core.errors import KeelError
 from keel.recipes.registry import recipe_named
 
 BEST = 10
-MEASURES = (("pass@1", plan.MAIN), ("pass@16", plan.MAIN), ("entropy", plan.MAIN), ("gold", "proxy"))
+MEASURES = (("pass@1", plan.MAIN), ("pass@16", plan.MAIN))  # what methods are for; all others are means to these
 TUNING_SEED = 100  # of runs that choose a coefficient and count for nothing else
 FACTORS, FROM_ZERO = (0.3, 3.0), (0.01, 0.04)
 
@@ -72,16 +72,18 @@ def tuned(name: str, task: str, trial: Evidence) -> Cell | None:
 
 
 def second_round(evidence: Evidence, trial: Evidence, names: Sequence[str]) -> Iterator[Cell]:
-    """Trials first; then ten seeds of base, grpo and the finalists, as they are and tuned."""
+    """Trials first; then ten seeds of base, grpo and the finalists, at the coefficient that the trials have chosen."""
     chosen = finalists(evidence, names)
     for task, best in chosen.items():
         for name in best:
             yield from trials(name, task)
     for task, best in chosen.items():
         for name in dict.fromkeys([BASE, "grpo", *best]):
-            yield from plan.with_seeds(plan.cell(name, task), plan.MORE_SEEDS)
+            usual = plan.cell(name, task)
             found = tuned(name, task, trial) if name != BASE else None
-            if found is not None and found.arguments != plan.cell(name, task).arguments:
+            if name in (BASE, "grpo") or found is None or found.arguments == usual.arguments:
+                yield from plan.with_seeds(usual, plan.MORE_SEEDS)
+            if found is not None and found.arguments != usual.arguments:
                 yield from plan.with_seeds(found, plan.MORE_SEEDS)
 
 

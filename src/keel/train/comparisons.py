@@ -27,7 +27,7 @@ from keel.train.encode import Encoder
 from keel.train.session import Reporter, silent
 
 VERSION = 1  # raise it when the rule or the draws change
-PROMPTS, HELD_OUT, DRAWS = 1216, 192, 8  # prompts at most, and completions of each
+PROMPTS, HELD_OUT, DRAWS = 3072, 256, 8  # prompts at most, and completions of each
 TOGETHER = 152  # prompts that are completed in one go
 THRESHOLD = 0.5  # a completion is correct if its reward is above it
 

@@ -12,7 +12,7 @@ from typing import Any, get_origin
 import yaml
 
 from keel.core.config import from_config, is_part, to_config
-from keel.core.errors import ConfigError, nearest
+from keel.core.errors import ConfigError, UserError, nearest
 from keel.method import CHAINS, Method
 from keel.models.sources import Pretrained
 from keel.recipes.registry import Recipe, recipe_named
@@ -346,7 +346,22 @@ def _preset(known: Recipe | None, task: Task | None, model: ModelSettings) -> di
         preset.update(task.preset)
         if own and heads and "train.learning_rate" in task.preset:  # the heads keep their distance from the policy
             preset["train.critic_learning_rate"] = heads * (task.preset["train.learning_rate"] / own)
+        preset.update(_COMPARING.get(_kind(known), {}))
     return preset
+
+
+# What suits the built-in model where completions are compared: a task's own settings are those of its rollouts.
+_COMPARING: dict[str | None, dict[str, Any]] = {
+    "pairs": {"train.learning_rate": 1e-5},
+    "reward": {"train.learning_rate": 1e-3},
+}
+
+
+def _kind(known: Recipe | None) -> str | None:
+    try:
+        return None if known is None else known().kind
+    except UserError:  # one that cannot do without an argument
+        return None
 
 
 def _with_preset(
