@@ -43,7 +43,7 @@ TASK, SEEDS = "countdown", 3
 SETTINGS: dict[str, Any] = {
     "train.max_steps": 80,
     "train.batch_size": 32,
-    "train.learning_rate": 1e-5,
+    "train.learning_rate": 3e-5,
     "train.log_completions": 0,
     "train.save_steps": 0,
     "evaluate.num_prompts": 96,

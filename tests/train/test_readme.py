@@ -26,7 +26,7 @@ def test_the_script_runs(tmp_path):
 def test_the_commands_run(tmp_path):
     text = README.read_text()
     commands = re.findall(r"^\$ (keel .*?)(?:  +#.*)?$", text, re.MULTILINE)
-    assert len(commands) == 11
+    assert len(commands) == 12
     for command in commands:
         arguments = [sys.executable, "-m", "keel.cli.main", *shlex.split(command)[1:]]
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, cwd=tmp_path)
