@@ -239,6 +239,12 @@ class Method:
         """Whether a term reads prompts with other prompts' completions, which then stand beside a batch of data."""
         return any(getattr(term, "reads_mismatched", False) for term in self._active_terms().values())
 
+    @property
+    def reads_gold(self) -> bool:
+        """Whether a term learns a gold answer, which then stands beside each pair of the data."""
+        penalties = (getattr(term, "penalty", term) for term in self._active_terms().values())
+        return any(getattr(penalty, "reads_gold", False) for penalty in penalties)
+
     # -- the two phases ------------------------------------------------------------------------------------------
 
     def prepare(self, rows: Rows, stats: Stats, states: States) -> Rows:

@@ -2,6 +2,7 @@
 
 from keel.core.aggregate import Aggregation
 from keel.method import Claim, Method
+from keel.parts.terms.gold import GoldLikelihood
 from keel.parts.terms.links import Hinge
 from keel.parts.terms.penalties import NegativeLogLikelihood, Summand
 from keel.parts.terms.score_maps import AlphaReward, LogOdds
@@ -91,6 +92,25 @@ def slic(delta: float = 1.0, nll_coef: float = 0.1) -> Method:
     method = with_loss(dpo(1.0, reference_free=True), link=Hinge(delta))
     claim = Claim("fewest pairs with less than delta nats between them, held by E_chosen[log pi]")
     return method.replacing(claim=claim).adding(terms=likelihood_of_chosen(nll_coef))
+
+
+@recipe(baseline="dpo")
+def tpo(beta: float = 0.01, tpo_alpha: float = 1.0) -> Method:
+    """TPO: DPO without a reference on two completions, and the likelihood of a third one, the gold answer.
+
+        -log sigmoid(beta (log pi(y_w) - log pi(y_l))) - tpo_alpha mean_t log pi(y_gold)
+
+    The data have the column `gold` beside `chosen` and `rejected`.
+
+    Args:
+        beta: of the scores.
+        tpo_alpha: coefficient of the gold answer's likelihood, a mean over all its tokens of the batch.
+
+    Source: Saeidi et al., "Triple Preference Optimization", 2024; the defaults are TRL's.
+    """
+    gold = {"gold": Summand(GoldLikelihood(), tpo_alpha, where="nll", per="where")}
+    method = dpo(beta, reference_free=True).replacing(aggregation=Aggregation("token_mean"))
+    return method.adding(terms=gold).replacing(claim=Claim("likelihood of the pairs and of a gold answer"))
 
 
 @recipe(baseline="cpo")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from keel.tasks.task import Text
 
 Kind = Literal["pairs", "labels", "lists"]
+GOLD = "gold"  # column of pairs: a third completion, the answer that is right
 COLUMNS = {
     "pairs": "`prompt`, `chosen` and `rejected`",
     "labels": "`prompt`, `completion` and `label` (true or false)",

@@ -19,7 +19,7 @@ from keel.parts.rewards.score import score
 from keel.rollouts.choose import choose_generator
 from keel.rollouts.sampling import Sampling
 from keel.tasks.environment import InteractiveTask
-from keel.tasks.preferences import Kind, Preference, Preferences
+from keel.tasks.preferences import GOLD, Kind, Preference, Preferences
 from keel.tasks.task import Example, Task
 from keel.train.base import cache_directory, ensure_base, locked
 from keel.train.draws import reply
@@ -75,7 +75,7 @@ def built_in_preferences(task: Task, kind: Kind, seed: int = 0, report: Reporter
     drawn = _cached(task, seed, report)
     sides = []
     for examples, side in ((task.train, drawn["train"]), (task.held_out, drawn["held_out"])):
-        made = [p for one in side for p in _made(examples[one.index], one, kind)]
+        made = [p for one in side for p in _made(examples[one.index], one, kind, task)]
         sides.append([replace(p, index=index) for index, p in enumerate(made)])
     if not sides[0]:
         what = "the built-in model answers every prompt always right or always wrong: there is nothing to compare"
@@ -167,7 +167,7 @@ def _draw(base: Path, task: Task, examples: Sequence[Example], seed: int, split:
     return found
 
 
-def _made(example: Example, drawn: Drawn, kind: Kind) -> list[Preference]:
+def _made(example: Example, drawn: Drawn, kind: Kind, task: Task) -> list[Preference]:
     """What is compared of one prompt; nothing where all is equally good."""
     ranks = drawn.ranks()
     if len(set(ranks)) < 2:
@@ -176,6 +176,8 @@ def _made(example: Example, drawn: Drawn, kind: Kind) -> list[Preference]:
     best, worst = ranks.index(max(ranks)), ranks.index(min(ranks))
     known: dict[str, Any] = {"index": 0, "domain": example.domain, "columns": dict(example.columns)}
     if kind == "pairs":
+        if (gold := task.solution(example, 0)) is not None:
+            known["columns"][GOLD] = reply(gold, example)
         return [Preference(example.prompt, (sides[best], sides[worst]), (1.0, 0.0), **known)]
     if kind == "lists":
         return [Preference(example.prompt, tuple(sides), ranks, **known)]

@@ -18,6 +18,7 @@ from keel.parts.terms.penalties import Summand
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import Divergence, Functional, LogProb
 from keel.statistics.stats import Stats
+from keel.train.gold import with_gold
 from keel.train.mismatched import with_mismatched
 from keel.train.observe import reads_beside
 from keel.train.preferences import NLL, preference_rows
@@ -67,6 +68,8 @@ def measure_preferences(
         rows, cut = preference_rows(some, *known)
         if session.method.reads_mismatched and len(rows) > 1:
             rows = with_mismatched(rows, limit)
+        if session.method.reads_gold:
+            rows, _ = with_gold(rows, [some[i] for i in cut.kept], *known[1:])
         places += [some[i].index for i in cut.kept]
         for name, numbers in _measured(session, rows.to(session.policy.device), reference, coupled).items():
             found.setdefault(name, []).extend(numbers)

@@ -77,7 +77,7 @@ def update_metrics(session: Any, rows: Rows, stats: Stats) -> dict[str, float]:
     out |= kl_metrics(rows, stats)
     if method.surrogate is not None:
         out |= method.surrogate.metrics(rows, stats)
-    for item in method.terms.values():
+    for item in (term for term in method.terms.values() if getattr(term, "coef", 1.0) != 0):
         reads = (rows, stats, (beside.rows, beside.stats)) if reads_beside(item, beside) else (rows, stats)
         if getattr(item, "stream", "main") == "regulariser":
             reads = (beside.rows, beside.stats)

@@ -30,6 +30,7 @@ from keel.rollouts.episodes import Played
 from keel.statistics.functionals import Entropy, Functional, LogProb
 from keel.statistics.stats import Stats
 from keel.tasks.environment import InteractiveTask
+from keel.tasks.preferences import GOLD
 from keel.tasks.task import Example, Text, completion_text
 from keel.train.ahead import ahead
 from keel.train.checkpoint import keep_batch, save_checkpoint
@@ -37,6 +38,7 @@ from keel.train.degraded import with_degraded
 from keel.train.distillation import taught_metrics, taught_rows
 from keel.train.encode import Truncated, demonstration_rows, supervised_rows
 from keel.train.episodes import demonstrations
+from keel.train.gold import with_gold
 from keel.train.mismatched import with_mismatched
 from keel.train.observe import (
     HIDDEN,
@@ -291,6 +293,10 @@ def prepare_preferences(session: Session) -> Batch:
     rows, cut = preference_rows(drawn, *known)
     rows = with_phrases(rows, [drawn[i] for i in cut.kept], session.encoder)
     texts = [(drawn[i].prompt, completion_text(completion)) for i in cut.kept for completion in drawn[i].completions]
+    if session.method.reads_gold:
+        rows, cut_gold = with_gold(rows, [drawn[i] for i in cut.kept], *known[1:])
+        texts += [(drawn[i].prompt, completion_text(drawn[i].columns[GOLD])) for i in cut.kept]
+        cut = replace(cut, completions=cut.completions + cut_gold)
     batch = _given(session, rows, cut, texts)
     batch.metrics.update(report_cuts(session, cut, len(texts), limit))
     batch.rows = with_degraded(session, batch.rows, texts)
