@@ -35,7 +35,7 @@ def test_the_gold_answers_alone_are_learnt_and_compared_with_nothing():
 
 
 def test_a_pair_without_one_is_named():
-    with pytest.raises(DataError, match="preference 0.*gold"):
+    with pytest.raises(DataError, match=r"preference 0.*gold"):
         rows_of(pairs())
 
 
