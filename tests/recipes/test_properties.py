@@ -32,7 +32,20 @@ from keel.recipes.registry import _RECIPES, recipe, recipes
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import LogProb
 
-EACH = pytest.mark.parametrize("case", cases(), ids=str)
+
+def _each(variants: bool) -> pytest.MarkDecorator:
+    """All cases; recipes at other than their defaults wait for slow runs, where nothing is sampled or not wanted."""
+    marked = [
+        pytest.param(case, marks=pytest.mark.slow if _late(case, variants) else (), id=str(case)) for case in cases()
+    ]
+    return pytest.mark.parametrize("case", marked)
+
+
+def _late(case: Case, variants: bool) -> bool:
+    return "=" in case.name and not (variants and case.method.kind == "online")
+
+
+EACH, EACH_DEFAULT = _each(variants=True), _each(variants=False)
 
 
 @cache
@@ -82,12 +95,12 @@ def test_padding(case: Case):
     check_padding(case.method, _reference(case.name))
 
 
-@EACH
+@EACH_DEFAULT
 def test_order(case: Case):
     check_order(case.method, _reference(case.name))
 
 
-@EACH
+@EACH_DEFAULT
 @settings(max_examples=2)
 @given(heavy=st.integers(2, 3), light=st.integers(0, 1), first=st.booleans())
 def test_weight_of_a_group(case: Case, heavy, light, first):

@@ -293,6 +293,7 @@ def test_built_in_preferences(small, base, monkeypatch, tmp_path):
 
     events = []
     monkeypatch.setenv("KEEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(small, "solution", lambda *_: None, raising=False)
     monkeypatch.setattr(comparisons, "ensure_base", lambda *_, **__: type(tmp_path)(base))
     found = built_in_preferences(small, "pairs", report=lambda event, facts: events.append(event))
     assert "progress" in events

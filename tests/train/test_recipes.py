@@ -31,9 +31,9 @@ def taught(name, teacher):
 
 
 def trained():
-    """All recipes; those that vary a loss of pairs take the way of DPO through the loop, and are left for slow runs."""
+    """All recipes; those that vary another take its way through the loop, and wait for slow runs."""
     for name in sorted(set(recipes()) - DATA_OF_THEIR_OWN):
-        varied = recipes()[name].baseline == "dpo" and recipes()[name]().kind == "pairs"
+        varied = recipes()[name].baseline is not None
         yield pytest.param(name, marks=pytest.mark.slow if varied else ())
 
 

@@ -33,7 +33,7 @@ def launch(base, runs, recipe, *flags):
     return subprocess.Popen([sys.executable, "-c", code, *flags], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-SLOW = {"online_dpo", "reinforce"}  # grpo and ppo go the same way, and with a critic
+SLOW = {"grpo", "online_dpo", "reinforce"}  # ppo goes the same way, and has a critic
 EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(PARTS)]
 
 
