@@ -222,7 +222,7 @@ def table(folder: Path) -> str:
     count = max((len(seeds) for seeds in by_recipe.values()), default=0)
     lines = [
         f"{SETTINGS['train.max_steps']} steps of {SETTINGS['train.batch_size']} preferences at learning rate "
-        f"{SETTINGS['train.learning_rate']:g}, {count} seeds; measured on {processor()}, one thread. `±` is half of a "
+        f"{SETTINGS['train.learning_rate']:g}, {count} {'seed' if count == 1 else 'seeds'}; measured on {processor()}, one thread. `±` is half of a "
         "95% interval over prompts, of which each is the mean of its seeds.",
         "",
         "| recipe | win rate | pass@1 | KL | chosen | rejected | accuracy | length |",
