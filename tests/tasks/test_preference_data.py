@@ -346,7 +346,9 @@ def test_data_sets_are_mixed_by_their_weights(tmp_path):
         "drawn; a pass is 32."
     )
     assert load_preferences({str(one): 3, str(other): 1}, "pairs", held_out=0, seed=1).train == found.train
-    assert load_preferences({str(one): 3, str(other): 1}, "pairs", held_out=0, seed=2).train != found.train
+    # which rows come once more is drawn by seed and path: two seeds may agree, six hardly
+    others = [load_preferences({str(one): 3, str(other): 1}, "pairs", held_out=0, seed=s).train for s in range(2, 8)]
+    assert any(train != found.train for train in others)
     held = load_preferences([one, other], "pairs", held_out=0.2)
     assert not {p.prompt for p in held.train} & {p.prompt for p in held.held_out}
 
