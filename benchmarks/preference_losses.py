@@ -220,9 +220,10 @@ def table(folder: Path) -> str:
     known = [name for name in (BASE, *names()) if name in by_recipe]
     ranked = sorted(known, key=lambda name: -_mean(by_recipe[name], "win rate").value)
     count = max((len(seeds) for seeds in by_recipe.values()), default=0)
+    many = "1 seed" if count == 1 else f"{count} seeds"
     lines = [
         f"{SETTINGS['train.max_steps']} steps of {SETTINGS['train.batch_size']} preferences at learning rate "
-        f"{SETTINGS['train.learning_rate']:g}, {count} {'seed' if count == 1 else 'seeds'}; measured on {processor()}, one thread. `±` is half of a "
+        f"{SETTINGS['train.learning_rate']:g}, {many}; measured on {processor()}, one thread. `±` is half of a "
         "95% interval over prompts, of which each is the mean of its seeds.",
         "",
         "| recipe | win rate | pass@1 | KL | chosen | rejected | accuracy | length |",
