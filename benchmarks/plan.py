@@ -50,7 +50,10 @@ WHY_NOT = {
     "distillation": "needs a teacher and its completions",
     "sampling": "trains nothing",
 }
-NOT_RUN: dict[str, str] = {}  # recipes that no task here serves, and why
+NOT_RUN: dict[str, str] = {  # recipes that no task here serves, and why
+    "self_judge": "trains a judge, on judgements with a reference",
+    "spct": "trains a judge, on preferences",
+}
 
 
 def settings(task: str) -> tuple[tuple[str, Any], ...]:
