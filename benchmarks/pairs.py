@@ -1,19 +1,14 @@
 """One DPO step on pairs of a file, against TRL's `DPOTrainer`."""
 
-import contextlib
-import io
 import statistics
-import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.measuring import Row
 from benchmarks.models import build
-from benchmarks.step import Way
+from benchmarks.trainers import Way, timed
 
 PAIRS, PROMPT, LENGTH, BETA = 32, 12, 64, 0.1
 MODELS = (("1M", 64), ("1M", 32768))
@@ -59,56 +54,10 @@ def keel_way(shape: str, vocabulary: int, **settings: Any) -> Way:
 
 def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
     """The same of TRL; it has its tokens before the step begins."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
     from trl import DPOConfig, DPOTrainer
 
-    class Clock(TrainerCallback):
-        """Seconds of each step."""
-
-        def __init__(self) -> None:
-            self.begun, self.spent = 0.0, []
-
-        def on_step_begin(self, args, state, control, **known) -> None:
-            self.begun = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **known) -> None:
-            self.spent.append(time.perf_counter() - self.begun)
-
-    model = build(shape, vocabulary)
-    folder = tempfile.TemporaryDirectory()
-    model.module.save_pretrained(folder.name)  # the reference is loaded from where the model came
-    arguments = DPOConfig(
-        output_dir=str(Path(folder.name) / "out"),
-        per_device_train_batch_size=PAIRS,
-        beta=BETA,
-        learning_rate=1e-6,
-        max_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_strategy="no",
-        **settings,
-    )
-    clock = Clock()
-    trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder.name),
-        args=arguments,
-        train_dataset=Dataset.from_list(comparisons(vocabulary)),
-        processing_class=model.tokenizer,
-        callbacks=[clock],
-    )
-
-    def way() -> list[float]:
-        clock.spent.clear()
-        trainer.state = TrainerState()
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.train()
-        return list(clock.spent)
-
-    way.folder = folder  # type: ignore[attr-defined]  # lives as long as the trainer
-    return way
+    asked = {"per_device_train_batch_size": PAIRS, "beta": BETA, **settings}
+    return timed(DPOTrainer, DPOConfig, shape, vocabulary, comparisons(vocabulary), asked)
 
 
 FP32 = {"bf16": False, "gradient_checkpointing": False}

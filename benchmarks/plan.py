@@ -51,6 +51,7 @@ WHY_NOT = {
     "sampling": "trains nothing",
 }
 NOT_RUN: dict[str, str] = {  # recipes that no task here serves, and why
+    "grpo_implicit_prm": "needs a reward model that was trained before",
     "self_judge": "trains a judge, on judgements with a reference",
     "spct": "trains a judge, on preferences",
 }

@@ -1,23 +1,18 @@
 """One GRPO step, from prompts to updated weights, against TRL's `GRPOTrainer`."""
 
-import contextlib
-import io
 import json
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.measuring import PeakMemory, Row, in_process
 from benchmarks.models import build
+from benchmarks.trainers import Way, timed
 
 PROMPTS, GROUP, PROMPT, LENGTH, BETA = 16, 8, 12, 32, 0.04
 MODELS = (("1M", 64), ("1M", 32768))
-Way = Callable[[], list[float]]
 
 
 def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -64,61 +59,18 @@ def keel_way(shape: str, vocabulary: int, **settings: Any) -> Way:
 
 def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
     """The same of TRL."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
     from trl import GRPOConfig, GRPOTrainer
 
-    class Clock(TrainerCallback):
-        """Seconds of each step, generation included."""
-
-        def __init__(self) -> None:
-            self.begun, self.spent = 0.0, []
-
-        def on_step_begin(self, args, state, control, **known) -> None:
-            self.begun = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **known) -> None:
-            self.spent.append(time.perf_counter() - self.begun)
-
-    model = build(shape, vocabulary)
-    folder = tempfile.TemporaryDirectory()
-    model.module.save_pretrained(folder.name)  # the reference is loaded from where the model came
-    arguments = GRPOConfig(
-        output_dir=str(Path(folder.name) / "out"),
-        per_device_train_batch_size=PROMPTS * GROUP,
-        num_generations=GROUP,
-        max_completion_length=LENGTH,
-        generation_kwargs={"min_new_tokens": LENGTH},
-        beta=BETA,
-        learning_rate=1e-6,
-        max_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        log_completions=False,
-        logging_strategy="no",
+    asked = {
+        "per_device_train_batch_size": PROMPTS * GROUP,
+        "num_generations": GROUP,
+        "max_completion_length": LENGTH,
+        "generation_kwargs": {"min_new_tokens": LENGTH},
+        "beta": BETA,
+        "log_completions": False,
         **settings,
-    )
-    clock = Clock()
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder.name),
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=Dataset.from_list(questions(vocabulary)),
-        processing_class=model.tokenizer,
-        callbacks=[clock],
-    )
-
-    def way() -> list[float]:
-        clock.spent.clear()
-        trainer.state = TrainerState()
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.train()
-        return list(clock.spent)
-
-    way.folder = folder  # type: ignore[attr-defined]  # lives as long as the trainer
-    return way
+    }
+    return timed(GRPOTrainer, GRPOConfig, shape, vocabulary, questions(vocabulary), asked, reward_funcs=reward)
 
 
 WAYS: dict[str, tuple[Callable[..., Way], dict[str, Any]]] = {
