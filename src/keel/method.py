@@ -13,17 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from keel.composition import check
 from keel.core.aggregate import Aggregation
-from keel.core.config import get_path, is_part, set_path
+from keel.core.config import is_part, set_path
 from keel.core.errors import MethodError, nearest
 from keel.core.registry import part
 from keel.core.rows import REPLAYED, Rows, Stream
-from keel.parts.replay.rehearsal import Rehearsal
 from keel.parts.replay.stored import Replay
 from keel.parts.replay.streams import Selection, prepared_apart, split
 from keel.parts.rewards.transforms import WeightedSum
 from keel.parts.terms.penalties import Summand
-from keel.parts.terms.surrogate import LIMIT, LogLikelihood, Surrogate
+from keel.parts.terms.surrogate import LIMIT, Surrogate
 from keel.rollouts.rollout import Rollout
 from keel.statistics.functionals import Functional, LogProb
 from keel.statistics.stats import Stats
@@ -31,8 +31,6 @@ from keel.tasks.preferences import Kind
 
 States = dict[str, Any]
 CHAINS = ("rewards", "transforms", "advantage", "heads", "masks", "weights", "terms", "models", "controllers", "replay")
-ALWAYS = ("policy", "old")
-DATA_MASKS = ("nll", "distil")  # spans that rows from a file may bring along
 part("aggregation")(Aggregation)
 
 
@@ -109,12 +107,7 @@ class Method:
             if not isinstance(entries, Mapping):
                 raise MethodError("expected a dictionary of named parts", slot, "For example {'kl': Summand(...)}.")
             object.__setattr__(self, slot, dict(entries))
-        self._check_models()
-        self._check_masks_and_heads()
-        self._check_phases()
-        self._check_taught()
-        self._check_controllers()
-        self._check_replay()
+        check(self)
 
     # -- variants ------------------------------------------------------------------------------------------------
 
@@ -172,8 +165,12 @@ class Method:
             yield from ((name, path) for path in getattr(item, "owns", own))
 
     def prepare_needs(self) -> tuple[Functional, ...]:
-        """Functionals that the transforms and advantages read, and the controllers that look at a batch."""
-        return _union([*self.transforms.values(), *self.advantage.values(), *self.controllers.values()])
+        """Functionals that the transforms and advantages read, the controllers that look at a batch, and terms that
+        remember one.
+        """
+        read = _union([*self.transforms.values(), *self.advantage.values(), *self.controllers.values()])
+        observed = [f for item in self._active_terms().values() for f in getattr(item, "observes", ())]
+        return tuple(dict.fromkeys([*read, *observed]))
 
     def update_needs(self) -> tuple[Functional, ...]:
         """Functionals that the masks, weights, surrogate and terms read."""
@@ -391,112 +388,6 @@ class Method:
         for name, item in self.masks.items():
             masks[name] = _call(item, f"masks.{name}", rows.with_(masks=masks), stats, states)
         return rows.with_(masks=masks)
-
-    def _check_models(self) -> None:
-        known = (*ALWAYS, *self.models)
-        for path, item in [*self.parts(), ("surrogate", self.surrogate)]:
-            for functional in getattr(item, "needs", ()) or ():
-                for name in functional.of:
-                    if name not in known:
-                        raise MethodError(
-                            f"{functional.name} reads the model '{name}', which is not declared.{nearest(name, known)}",
-                            path,
-                            f"Add it: models={{'{name}': Initial()}}.",
-                        )
-        for name in self.models:
-            if name in ALWAYS:
-                raise MethodError(f"the name '{name}' is Keel's own and cannot be declared", f"models.{name}")
-
-    def _check_masks_and_heads(self) -> None:
-        for name, item in self.terms.items():
-            where = item.where if isinstance(item, Summand) else None
-            if where is not None and where not in (*self.masks, *DATA_MASKS):
-                raise MethodError(f"there is no mask '{where}'.{nearest(where, self.masks)}", f"terms.{name}.where")
-        for path, item in self.parts():
-            for head in getattr(item, "heads_read", ()):
-                if head not in self.heads:
-                    raise MethodError(
-                        f"there is no head '{head}'.{nearest(head, self.heads)}",
-                        path,
-                        f"Add it: heads={{'{head}': Critic()}}.",
-                    )
-
-    def _check_phases(self) -> None:
-        for path, item in self.parts():
-            slot = path.split(".")[0]
-            if slot not in ("transforms", "advantage"):
-                continue
-            for functional in getattr(item, "needs", ()):
-                if "policy" in functional.of:
-                    what = f"{functional.name} reads the live policy, but this part runs before the update"
-                    fix = "Read of=('old',) there, or make it a weight, a mask or a term."
-                    raise MethodError(what, path, fix)
-        if self.surrogate is not None and not self.advantage and self.kind in ("online", "distillation"):
-            raise MethodError(
-                "a surrogate needs an advantage, but the chain is empty",
-                "advantage",
-                "Add one, such as {'centre': GroupCentre()}.",
-            )
-        if self.kind == "online" and self.rollout is None:
-            raise MethodError("an online method needs a rollout", "rollout", "Give rollout=Rollout().")
-
-    def _check_taught(self) -> None:
-        given, written = (None, None) if self.rollout is None else (self.rollout.given, self.rollout.written)
-        if self.kind == "distillation" and self.rollout is not None and self.rollout.sampler is not None:
-            fix = "Leave rollout.sampler out, or use a recipe with a reward."
-            raise MethodError("a sampler follows a reward, and distillation has none", "rollout.sampler", fix)
-        if self.kind != "distillation" and (given or written):
-            what = "completions that are given or written by another model are for methods of kind distillation"
-            raise MethodError(what, "rollout", "Leave rollout.given and rollout.written out.")
-        if written is not None and written.model not in self.models:
-            what = f"there is no model '{written.model}' to write.{nearest(written.model, self.models)}"
-            raise MethodError(what, "rollout.written.model", f"Add it: models={{'{written.model}': Pretrained(path)}}.")
-
-    def _check_controllers(self) -> None:
-        owned: dict[str, str] = {}
-        for name, path in self.owned():
-            if path in owned:
-                both = f"'{owned[path]}' and '{name}'"
-                raise MethodError(f"'{path}' is owned by the controllers {both}", f"controllers.{name}")
-            owned[path] = name
-            try:
-                get_path(self, path)
-            except (KeyError, AttributeError):
-                what = f"it owns '{path}', which the method does not have"
-                raise MethodError(what, f"controllers.{name}.path") from None
-
-    def _check_replay(self) -> None:
-        for kind in (Replay, Rehearsal):
-            if len(found := [name for name, item in self.replay.items() if isinstance(item, kind)]) > 1:
-                raise MethodError(f"'{found[0]}' and '{found[1]}' are of one kind, and there is room for one", "replay")
-        if self.replay and self.kind != "online":
-            raise MethodError("is for online methods: other rows come from a file anyway", "replay", "Remove it.")
-        if self.replayed is not None and self.surrogate is None:
-            raise MethodError("replayed rows enter the policy term, and this method has none", "replay")
-        if self.replayed is not None and self.replayed.weighting == "token" and self._likelihood():
-            what = "weighting 'token' is the ratio of the surrogate, and this one has none"
-            raise MethodError(what, "replay", "Take truncated or sequence, or another surrogate.")
-        self._check_rehearsal()
-
-    def _check_rehearsal(self) -> None:
-        readers = {n: t for n, t in self.terms.items() if getattr(t, "stream", "main") == "regulariser"}
-        for name, term in readers.items():
-            if (where := getattr(term, "where", None)) is not None and where not in DATA_MASKS:
-                what = f"mask '{where}' is one of the batch, and this term reads the rows of a regulariser"
-                raise MethodError(what, f"terms.{name}.where", f"Known there: {', '.join(DATA_MASKS)}.")
-        for name, item in self.replay.items():
-            if not isinstance(item, Rehearsal):
-                continue
-            if not readers:
-                fix = "Add one, such as Summand(NegativeLogLikelihood(), 0.1, stream='regulariser')."
-                raise MethodError("no term reads the rows that are rehearsed", f"replay.{name}", fix)
-            stored = [n for n, term in readers.items() if getattr(term, "reads_stored", False)]
-            if stored and item.source != "samples":
-                what = f"'{stored[0]}' compares with who wrote the rows, which {item.source} does not record"
-                raise MethodError(what, f"replay.{name}.source", "Take samples.")
-
-    def _likelihood(self) -> bool:
-        return self.surrogate is not None and isinstance(self.surrogate.f, LogLikelihood)
 
 
 def _call(item: Any, path: str, rows: Rows, stats: Stats, states: States) -> Any:

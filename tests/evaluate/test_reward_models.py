@@ -45,6 +45,20 @@ def test_an_evaluation_of_pairs():
         comparison_evaluation(np.array([]), np.array([]))
 
 
+def test_accuracy_of_each_domain():
+    """Two of three right in one, none of one in the other; with one domain there is nothing to tell apart."""
+    chosen, rejected = np.array([1.0, 2.0, 0.0, -1.0]), np.zeros(4)
+    found = comparison_evaluation(chosen, rejected, domains=["maths", "maths", "prose", "maths"])
+    assert found.metrics["accuracy/maths"].value == pytest.approx(2 / 3)
+    assert found.metrics["accuracy/prose"].value == pytest.approx(0.5) == 0.5  # a tie
+    assert found.metrics["accuracy"].value == pytest.approx(2.5 / 4)
+    assert len(found.values["accuracy/maths"]) == 4 and math.isnan(found.values["accuracy/maths"][2])
+    assert type(found).from_json(found.to_json()).metrics["accuracy/maths"] == found.metrics["accuracy/maths"]
+    assert "accuracy/x" not in comparison_evaluation(chosen, rejected, domains=["x"] * 4).metrics
+    with pytest.raises(ValueError, match="3 domains for 4"):
+        comparison_evaluation(chosen, rejected, domains=["x"] * 3)
+
+
 @pytest.mark.parametrize(("n", "wanted"), [(1, 0.0), (4, 0.636294), (16, 1.835089), (64, 3.174508)])
 def test_kl_of_the_best_of_n(n, wanted):
     assert best_of_n_kl(n) == pytest.approx(wanted, abs=5e-7)

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from keel.core.errors import DataError, MethodError
+from keel.core.policy import Head
 from keel.core.rows import Pairs, Rows
 from keel.models.tiny import SMALL, build_tiny
 from keel.parts.terms.judge_distillation import JudgeDistillation, WholeLogProbs
 from keel.recipes.registry import recipe_named
+from keel.statistics.engine import Engine
 from keel.statistics.functionals import LogProb
 from keel.statistics.stats import Stats
 from keel.tasks.task import Example
@@ -30,7 +32,7 @@ def pair(teacher=(2.0, 1.0, 0.0), student=(1.0, 1.0, 0.0), answer=(0, 0), dtype=
         ids, ids == 0, tokens, mask, masks={"distil": distil}, pairs=Pairs(*index, one, one, one, 0 * one)
     )
     logp = z.log_softmax(-1)
-    stats = Stats({LogProb(): logp.gather(-1, tokens[..., None])[..., 0], WholeLogProbs(): logp})
+    stats = Stats({LogProb(): logp.gather(-1, tokens[..., None])[..., 0], WholeLogProbs(): logp[distil]})
     return rows, stats, z
 
 
@@ -92,7 +94,49 @@ def test_without_coefficients_it_is_cross_entropy_and_measures_no_distributions(
     assert not z.grad[1].any() and bool(z.grad[0, 0].any())
 
 
+def test_whole_distributions_exist_at_the_digits_alone():
+    """Two rows of three tokens and a vocabulary of 40: numbers and gradients are [2, 40], and the gradient is right."""
+    model = Small(40)
+    rows = pair()[0]
+    wide = rows.padded(1, 3)
+    shapes, part = [], JudgeDistillation()
+
+    def loss(own, stats):
+        shapes.append(stats[WholeLogProbs()].shape)
+        return part(own, stats)
+
+    value, stats = Engine({"policy": model}, max_tokens=1).step([LogProb(), WholeLogProbs()], wide, Stats(), loss)
+    assert shapes == [(2, 40)] and stats[WholeLogProbs()].shape == (2, 40)
+    found = model.table.grad.clone()
+    logp = model.table[wide.tokens * 0 + torch.arange(3)].log_softmax(-1)
+    known = {LogProb(): logp.gather(-1, wide.tokens[..., None])[..., 0], WholeLogProbs(): logp[wide.masks["distil"]]}
+    plain = part(wide, Stats(known))
+    (grad,) = torch.autograd.grad(plain, model.table)
+    assert torch.allclose(value, plain.detach()) and torch.allclose(found, grad, atol=1e-6) and bool(grad.any())
+    both = stats.select(torch.tensor([1, 0]))
+    assert torch.equal(both[WholeLogProbs()], stats[WholeLogProbs()].flip(0))
+
+
+class Small(torch.nn.Module):
+    """Logits that depend on the position alone."""
+
+    def __init__(self, vocab: int):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(3, vocab, generator=torch.Generator().manual_seed(1)))
+        self.head = Head()
+
+    @property
+    def module(self):
+        return self
+
+    def hidden(self, rows):
+        return self.table[rows.tokens * 0 + torch.arange(rows.tokens.shape[1])]
+
+
 def test_bad_settings_and_rows():
+    for where in ("mask", "last"):
+        with pytest.raises(ValueError, match="named mask"):
+            WholeLogProbs(where=where)
     for name in ("student", "distil"):
         with pytest.raises(ValueError, match=name):
             JudgeDistillation(**{name: -0.1})

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.worlds import from_probs, penalties, table
+from tests.cases import penalties
+from tests.worlds import from_probs, table
 
 from keel.core.aggregate import Aggregation
 from keel.core.config import build

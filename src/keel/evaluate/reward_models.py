@@ -77,17 +77,21 @@ def comparison_evaluation(
     index: Sequence[int] = (),
     completions: Sequence[Completion] = (),
     seed: int = 0,
+    domains: Sequence[str] = (),
 ) -> Evaluation:
     """A reward model on held-out pairs: `accuracy`, `log_loss`, `margin`, `calibration_error` and the mean `reward`.
+
+    Where the pairs are of several domains, `accuracy/NAME` is that of each.
 
     Args:
         chosen, rejected: scores of both sides.
         index: number of each pair.
         completions: a few to look at.
         seed: of the resampling.
+        domains: of each pair.
 
     Raises:
-        ValueError: no pairs.
+        ValueError: no pairs, or domains of another number.
     """
     margin = np.asarray(chosen, dtype=float) - np.asarray(rejected, dtype=float)
     if not len(margin):
@@ -98,6 +102,7 @@ def comparison_evaluation(
         "margin": margin,
         "reward": (np.asarray(chosen, dtype=float) + np.asarray(rejected, dtype=float)) / 2,
     }
+    values |= by_domain("accuracy", values["accuracy"], domains)
     metrics = {name: mean_interval(column, seed=seed) for name, column in values.items()}
     metrics["calibration_error"] = _error_interval(margin, seed)
     return Evaluation(
@@ -108,6 +113,26 @@ def comparison_evaluation(
         index=tuple(index),
         completions=tuple(completions),
     )
+
+
+def by_domain(metric: str, values: Float[np.ndarray, "N"], domains: Sequence[str]) -> dict[str, Float[np.ndarray, "N"]]:
+    """The values of each domain as a column `METRIC/NAME`, NaN elsewhere; none where all are of one domain.
+
+    Pairs without a domain, beside others that have one, are those of the domain "other".
+
+    >>> by_domain("accuracy", np.array([1.0, 0.0, 1.0]), ["maths", "", "maths"])
+    {'accuracy/maths': array([ 1., nan,  1.]), 'accuracy/other': array([nan,  0., nan])}
+
+    Raises:
+        ValueError: domains of another number.
+    """
+    if domains and len(domains) != len(values):
+        raise ValueError(f"{len(domains)} domains for {len(values)} values")
+    named = np.array([name or "other" for name in domains])
+    known = sorted(set(named.tolist()))
+    if len(known) < 2:
+        return {}
+    return {f"{metric}/{name}": np.where(named == name, values, math.nan) for name in known}
 
 
 def _error_interval(margin: Float[np.ndarray, "N"], seed: int) -> Interval:

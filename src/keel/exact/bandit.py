@@ -4,9 +4,14 @@ One state, A arms. The reference lies around one arm and the reward peaks at ano
 time, from the reference (offline) or, round by round, from the policy as it is:
 
     best_of_n            log-likelihood of the best of N
-    reward_weighted      log-likelihood of each draw, times exp(r / temperature)
+    reward_weighted      log-likelihood of each draw, times exp(r / temperature) (RWR)
+    winners              log-likelihood of the winners of all pairs
     dpo, ipo             all pairs of N draws whose rewards differ by more than `gap`
-    reinforce            r - E r times the log-likelihood of each draw
+    reinforce            A = r - E r times the log-likelihood of each draw
+    ppo                  min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A), rho to who drew
+
+Without `negative_gradient` nothing is pushed down: the losers of dpo and ipo are held constant, and reinforce and ppo
+leave out the draws whose A is negative. With the first three there is none to begin with.
 
 What is averaged over draws is averaged exactly, so that nothing is left to chance; or, with `states`, over that many
 sets of N draws. Where the reward's peak has little density, only on-policy draws or a loss that pushes losers down
@@ -16,7 +21,7 @@ Source: the setting of "Preference Fine-Tuning of LLMs Should Leverage Suboptima
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,8 +29,9 @@ from torch import Tensor
 
 from keel.core.choice import generator
 
-Algorithm = Literal["best_of_n", "reward_weighted", "dpo", "ipo", "reinforce"]
-PAIRS = ("dpo", "ipo")
+Algorithm = Literal["best_of_n", "reward_weighted", "winners", "dpo", "ipo", "reinforce", "ppo"]
+PAIRS = ("winners", "dpo", "ipo")
+PUSHING = ("dpo", "ipo", "reinforce", "ppo")  # those that push something down
 LOOKED_AT = ("reward", "kl", "entropy", "winners", "losers", "covered", "queries")
 
 
@@ -125,7 +131,7 @@ class Settings:
     """How a method learns.
 
     Args:
-        algorithm: one of five.
+        algorithm: one of seven.
         on_policy: each round draws anew from the policy; else all rounds read the draws of the first, from the
             reference.
         rounds: how often what is drawn may change.
@@ -135,6 +141,8 @@ class Settings:
         beta: coefficient of dpo, and for ipo the margin 1 / (2 beta).
         temperature: of reward_weighted.
         gap: difference of rewards that a pair has to exceed.
+        epsilon: of ppo's clipping.
+        negative_gradient: push losers, and draws below the mean, down; where nothing does, True changes nothing.
         states: sets of N draws a round; None averages over all draws.
         seed: of the draws.
 
@@ -151,6 +159,8 @@ class Settings:
     beta: float = 1.0
     temperature: float = 1.0
     gap: float = 0.0
+    epsilon: float = 0.2
+    negative_gradient: bool = True
     states: int | None = None
     seed: int = 0
 
@@ -160,11 +170,62 @@ class Settings:
         for name in ("rounds", "steps", "n"):
             if getattr(self, name) < (2 if name == "n" and self.algorithm in PAIRS else 1):
                 raise ValueError(f"{name} is too small: {getattr(self, name)}")
-        for name in ("learning_rate", "beta", "temperature"):
+        if not self.negative_gradient and self.algorithm not in PUSHING:
+            raise ValueError(f"{self.algorithm} pushes nothing down, so that it cannot be without a negative gradient")
+        for name in ("learning_rate", "beta", "temperature", "epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.gap < 0 or (self.states is not None and self.states < 1):
             raise ValueError(f"gap must not be negative and states at least 1, not {self.gap} and {self.states}")
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "best of N": {"algorithm": "best_of_n"},
+    "RWR": {"algorithm": "reward_weighted"},
+    "winners of pairs": {"algorithm": "winners"},
+    "DPO, losers held": {"algorithm": "dpo", "negative_gradient": False},
+    "DPO": {"algorithm": "dpo"},
+    "IPO, losers held": {"algorithm": "ipo", "beta": 0.05, "negative_gradient": False},
+    "IPO": {"algorithm": "ipo", "beta": 0.05},
+    "REINFORCE, gains only": {"algorithm": "reinforce", "negative_gradient": False},
+    "REINFORCE": {"algorithm": "reinforce"},
+    "PPO, gains only": {"algorithm": "ppo", "negative_gradient": False},
+    "PPO": {"algorithm": "ppo"},
+}
+
+
+def compare(
+    bandit: Bandit, rounds: int = 50, steps: int = 10, learning_rate: float = 2.0
+) -> dict[str, tuple[BanditResult, BanditResult]]:
+    """Every variant, offline and on-policy, with as many gradient steps: what they ask of the reward is exact for all.
+
+    Offline all rounds read the draws of the reference. A step is `learning_rate` over the sum of what is pulled at the
+    start, so that methods whose losses have other scales move alike at first.
+
+    Args:
+        bandit: where.
+        rounds: R, in which on-policy draws change.
+        steps: within a round.
+        learning_rate: of a unit pull.
+    """
+    found = {}
+    for name, settings in VARIANTS.items():
+        first = Settings(**settings)
+        pull = _pull(bandit, first, bandit.log_ref, _draw(bandit, first, bandit.log_ref, 0)).abs().sum()
+        known: dict[str, Any] = {"rounds": rounds, "steps": steps, "learning_rate": learning_rate / float(pull)}
+        ends = [run_bandit(bandit, Settings(**settings, **known, on_policy=on)) for on in (False, True)]
+        found[name] = (ends[0], ends[1])
+    return found
+
+
+def comparison_table() -> str:
+    """Mean rewards that every variant ends with, where the peak is far from the data and within them, as Markdown."""
+    lines = ["| | far: offline | far: on-policy | within: offline | within: on-policy |", "|---|---|---|---|---|"]
+    far, near = compare(peaked_bandit(70.0)), compare(peaked_bandit(20.0))
+    for name in VARIANTS:
+        ends = [f"{float(found.reward[-1]):.3f}" for found in (*far[name], *near[name])]
+        lines.append(f"| {name} | {' | '.join(ends)} |")
+    return "\n".join(lines)
 
 
 def run_bandit(bandit: Bandit, settings: Settings = Settings()) -> BanditResult:
@@ -187,9 +248,12 @@ def run_bandit(bandit: Bandit, settings: Settings = Settings()) -> BanditResult:
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """The law of the draws, [A]; that of winner and loser, [A, A]; and that of the best and the worst of N, [A]."""
+    """The law of the draws and the log-probabilities of who drew, [A]; the law of winner and loser, [A, A]; and that
+    of the best and the worst of N, [A].
+    """
 
     drawn: Float[Tensor, "A"]
+    log_drawn: Float[Tensor, "A"]
     pairs: Float[Tensor, "A A"]
     best: Float[Tensor, "A"]
     worst: Float[Tensor, "A"]
@@ -200,7 +264,7 @@ def _draw(bandit: Bandit, settings: Settings, log_prob: Float[Tensor, "A"], numb
     if settings.states is None:
         prob = log_prob.exp()
         best, worst = (best_of(prob, sign * bandit.reward, settings.n) for sign in (1, -1))
-        return _Data(prob, prob[:, None] * prob[None, :] * wins, best, worst)
+        return _Data(prob, log_prob, prob[:, None] * prob[None, :] * wins, best, worst)
     chance = generator(settings.seed, "bandit", number)
     picks = log_prob.exp().multinomial(settings.states * settings.n, replacement=True, generator=chance)
     picks = picks.reshape(settings.states, settings.n)
@@ -214,7 +278,7 @@ def _draw(bandit: Bandit, settings: Settings, log_prob: Float[Tensor, "A"], numb
         _shares(picks.gather(1, place[:, None])[:, 0], len(log_prob), log_prob)
         for place in (earned.argmax(1), earned.argmin(1))
     )
-    return _Data(counts.sum(0) / counts.sum(), pairs, best, worst)
+    return _Data(counts.sum(0) / counts.sum(), log_prob, pairs, best, worst)
 
 
 def _shares(picks: Tensor, arms: int, like: Tensor) -> Float[Tensor, "A"]:
@@ -227,6 +291,14 @@ def _wins(reward: Float[Tensor, "A"], gap: float) -> Bool[Tensor, "A A"]:
 
 def _gradient(bandit: Bandit, settings: Settings, logits: Float[Tensor, "A"], data: _Data) -> Float[Tensor, "A"]:
     log_policy = logits.log_softmax(0)
+    pull = _pull(bandit, settings, log_policy, data)
+    return log_policy.exp() * pull.sum() - pull
+
+
+def _pull(bandit: Bandit, settings: Settings, log_policy: Float[Tensor, "A"], data: _Data) -> Float[Tensor, "A"]:
+    """How much the log-likelihood of each arm is raised; below 0 where it is pushed down."""
+    if settings.algorithm == "winners":
+        return data.pairs.sum(1)
     if settings.algorithm in PAIRS:
         ahead = log_policy - bandit.log_ref
         margin = ahead[:, None] - ahead[None, :]
@@ -235,14 +307,19 @@ def _gradient(bandit: Bandit, settings: Settings, logits: Float[Tensor, "A"], da
         else:
             slope = 2 * (margin - 1 / (2 * settings.beta))
         weighted = data.pairs * slope
-        pull = weighted.sum(0) - weighted.sum(1)
-    elif settings.algorithm == "best_of_n":
-        pull = data.best
-    elif settings.algorithm == "reward_weighted":
-        pull = data.drawn * (bandit.reward / settings.temperature).exp()
-    else:
-        pull = data.drawn * (bandit.reward - (data.drawn * bandit.reward).sum())
-    return log_policy.exp() * pull.sum() - pull
+        return (weighted.sum(0) if settings.negative_gradient else 0) - weighted.sum(1)
+    if settings.algorithm == "best_of_n":
+        return data.best
+    if settings.algorithm == "reward_weighted":
+        return data.drawn * (bandit.reward / settings.temperature).exp()
+    advantage = bandit.reward - (data.drawn * bandit.reward).sum()
+    if not settings.negative_gradient:
+        advantage = advantage.clamp(min=0)
+    if settings.algorithm == "reinforce":
+        return data.drawn * advantage
+    ratio = (log_policy - data.log_drawn).exp()
+    beyond = torch.where(advantage > 0, ratio > 1 + settings.epsilon, ratio < 1 - settings.epsilon)
+    return torch.where(beyond | (data.drawn == 0), 0.0, data.drawn * ratio * advantage)
 
 
 def _look(

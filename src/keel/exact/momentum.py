@@ -52,7 +52,32 @@ class Momentum:
 
 
 @dataclass(frozen=True)
-class ImplicitTransport:
+class _Ascent:
+    """What the two ways share: steps of rate / (t + 2), and the share of a new gradient."""
+
+    rate: float
+    power: float
+    normalised: bool
+
+    def __post_init__(self) -> None:
+        if not self.rate > 0:
+            raise ValueError(f"rate must be positive, not {self.rate}")
+        if self.power < 0:
+            raise ValueError(f"power must not be negative, got {self.power}")
+
+    def eta(self, state: Momentum) -> float:
+        """Share of the new gradient in d."""
+        return (2 / (state.step + 2)) ** self.power
+
+    def _stepped(self, state: Momentum, direction: Tensor) -> Momentum:
+        norm = direction.norm() if self.normalised else torch.ones_like(direction.sum())
+        step = torch.where(norm > 0, direction / norm, torch.zeros_like(direction))
+        moved = state.parameters + self.rate / (state.step + 2) * step
+        return replace(state, parameters=moved, before=state.parameters, direction=direction, step=state.step + 1)
+
+
+@dataclass(frozen=True)
+class ImplicitTransport(_Ascent):
     """N-PG-IGT: ascent along a momentum of gradients at extrapolated points, with steps of a length that is set.
 
     Args:
@@ -68,13 +93,6 @@ class ImplicitTransport:
     power: float = 0.8
     normalised: bool = True
 
-    def __post_init__(self) -> None:
-        _check(self.rate, self.power)
-
-    def eta(self, state: Momentum) -> float:
-        """Share of the new gradient in d."""
-        return (2 / (state.step + 2)) ** self.power
-
     def point(self, state: Momentum) -> Float[Tensor, "*n"]:
         """theta~, where the next trajectory is to be drawn, and its gradient taken."""
         eta = self.eta(state)
@@ -84,11 +102,11 @@ class ImplicitTransport:
         """After a step along d, with the gradient at `point(state)`."""
         eta = self.eta(state)
         direction = (1 - eta) * state.direction + eta * gradient
-        return _stepped(state, direction, self.rate, self.normalised)
+        return self._stepped(state, direction)
 
 
 @dataclass(frozen=True)
-class HessianAided:
+class HessianAided(_Ascent):
     """HARPG, and N-HARPG where normalised: ascent along a momentum that is carried over by a Hessian product.
 
     Args:
@@ -104,13 +122,6 @@ class HessianAided:
     power: float = 1.0
     normalised: bool = False
 
-    def __post_init__(self) -> None:
-        _check(self.rate, self.power)
-
-    def eta(self, state: Momentum) -> float:
-        """Share of the new gradient in d."""
-        return (2 / (state.step + 2)) ** self.power
-
     def point(self, state: Momentum, share: float | Tensor) -> Float[Tensor, "*n"]:
         """theta^, where the second trajectory is to be drawn; `share` is uniform in [0, 1], 1 is theta."""
         return share * state.parameters + (1 - share) * state.before
@@ -124,7 +135,7 @@ class HessianAided:
         """
         eta = self.eta(state)
         direction = (1 - eta) * (state.direction + change) + eta * gradient
-        return _stepped(state, direction, self.rate, self.normalised)
+        return self._stepped(state, direction)
 
 
 def hessian_product(
@@ -145,17 +156,3 @@ def hessian_product(
     (slope,) = torch.autograd.grad(potential(at), at, create_graph=True)
     (curved,) = torch.autograd.grad((slope * vector).sum(), at)
     return (score * vector).sum() * slope.detach() + curved
-
-
-def _stepped(state: Momentum, direction: Tensor, rate: float, normalised: bool) -> Momentum:
-    norm = direction.norm() if normalised else torch.ones_like(direction.sum())
-    step = torch.where(norm > 0, direction / norm, torch.zeros_like(direction))
-    moved = state.parameters + rate / (state.step + 2) * step
-    return replace(state, parameters=moved, before=state.parameters, direction=direction, step=state.step + 1)
-
-
-def _check(rate: float, power: float) -> None:
-    if not rate > 0:
-        raise ValueError(f"rate must be positive, not {rate}")
-    if power < 0:
-        raise ValueError(f"power must not be negative, got {power}")

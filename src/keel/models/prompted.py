@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from keel.core.errors import UserError
-from keel.core.policy import Head, PolicyModel
+from keel.core.policy import PolicyModel
 from keel.core.registry import part
 from keel.core.rows import Rows
 from keel.models.sources import FROZEN, Frozen, Initial
+from keel.models.view import ModelView
 
 
 @part("prompted", paper=170)
@@ -53,7 +54,7 @@ class Prompted:
         return PromptedModel(model, ids, tokenizer.bos_token_id)
 
 
-class PromptedModel:
+class PromptedModel(ModelView):
     """A model that sees tokens of its own before every prompt.
 
     Args:
@@ -63,17 +64,8 @@ class PromptedModel:
     """
 
     def __init__(self, model: PolicyModel, ids: Sequence[int], start: int | None = None):
-        self.model, self.ids, self.start = model, tuple(ids), start
-
-    @property
-    def module(self) -> nn.Module:
-        """The parameters."""
-        return self.model.module
-
-    @property
-    def head(self) -> Head:
-        """From states to logits."""
-        return self.model.head
+        super().__init__(model)
+        self.ids, self.start = tuple(ids), start
 
     @torch.no_grad()
     def hidden(self, rows: Rows) -> Float[Tensor, "B T D"]:

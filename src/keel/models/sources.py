@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from keel.core.choice import counter_seed
 from keel.core.errors import UserError
-from keel.core.policy import Head, PolicyModel
+from keel.core.policy import PolicyModel
 from keel.core.registry import part
 from keel.core.rows import Rows
 from keel.models.adapters import AdapterView
 from keel.models.language import LanguageModel
 from keel.models.load import frozen_copy, load, reference
+from keel.models.view import ModelView
 
 
 @part("initial")
@@ -42,17 +43,20 @@ class Pretrained:
 @part("snapshot")
 @dataclass(frozen=True)
 class Snapshot:
-    """The policy as it was at the last step that `every` divides.
+    """The policy as it was at the last step that `every` divides, or leaves `offset` of; before the first, the initial.
 
     Raises:
-        ValueError: `every` below 1.
+        ValueError: `every` below 1, or an offset outside [0, every).
     """
 
     every: int = 1
+    offset: int = 0
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every must be at least 1, not {self.every}")
+        if not 0 <= self.offset < self.every:
+            raise ValueError(f"offset must be in [0, {self.every}), not {self.offset}")
 
 
 @part("ema")
@@ -166,7 +170,7 @@ class View(Protocol):
         ...
 
 
-class SourceModel:
+class SourceModel(ModelView):
     """A policy model that follows its source.
 
     Args:
@@ -176,20 +180,11 @@ class SourceModel:
     """
 
     def __init__(self, source: Source | View, model: PolicyModel, policy: PolicyModel):
-        self.source, self.model, self.policy = source, model, policy
+        super().__init__(model)
+        self.source, self.policy = source, policy
         # averages in fp32: in bf16 a small step is lost to rounding
         narrow = {n: p for n, p in self._own().items() if p.dtype != torch.float32} if isinstance(source, EMA) else {}
         self._wide = {name: parameter.float() for name, parameter in narrow.items()}
-
-    @property
-    def module(self) -> nn.Module:
-        """The parameters."""
-        return self.model.module
-
-    @property
-    def head(self) -> Head:
-        """From states to logits."""
-        return self.model.head
 
     @property
     def moving(self) -> bool:
@@ -204,7 +199,7 @@ class SourceModel:
     @torch.no_grad()
     def update(self, step: int) -> bool:
         """Follow the policy after step `step` (counted from 1); True if anything changed."""
-        if isinstance(self.source, (Snapshot, EMA)) and step % self.source.every:
+        if isinstance(self.source, (Snapshot, EMA)) and step % self.source.every != getattr(self.source, "offset", 0):
             return False
         if isinstance(self.source, Snapshot):
             for own, live in self._pairs():
@@ -218,6 +213,12 @@ class SourceModel:
                     own.copy_(wide)
             return True
         return False
+
+    @torch.no_grad()
+    def lend(self) -> None:
+        """Give the policy the weights of this model, of those that are trained."""
+        for own, live in self._pairs():
+            live.copy_(own)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold of it; empty if it does not move."""

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from keel.core.aggregate import ratio
 from keel.core.errors import UserError
-from keel.core.policy import Head, PolicyModel
+from keel.core.policy import PolicyModel
 from keel.core.registry import part
 from keel.core.rows import Rows
 from keel.models.adapters import AdapterView
 from keel.models.language import LanguageModel
 from keel.models.sources import FROZEN, Frozen, Initial
+from keel.models.view import ModelView
 
 POSITIONS = 1024  # whose logits exist together
 # names of what is watched, the last part of a module's path; an architecture may have no module for one of them
@@ -77,21 +78,8 @@ class Layers(_View):
         return LayerView(model)
 
 
-class LayerView:
-    """A model whose state is that of all its layers."""
-
-    def __init__(self, model: PolicyModel):
-        self.model = model
-
-    @property
-    def module(self) -> nn.Module:
-        """The parameters."""
-        return self.model.module
-
-    @property
-    def head(self) -> Head:
-        """That of the model, which reads the last layer alone."""
-        return self.model.head
+class LayerView(ModelView):
+    """A model whose state is that of all its layers; the head reads the last one alone."""
 
     @torch.no_grad()
     def hidden(self, rows: Rows) -> Float[Tensor, "B T LD"]:
@@ -174,21 +162,8 @@ class Activations(_View):
         return ActivationView(model)
 
 
-class ActivationView:
+class ActivationView(ModelView):
     """A model whose state is the mean activation of each kind of module, scaled over the completion."""
-
-    def __init__(self, model: PolicyModel):
-        self.model = model
-
-    @property
-    def module(self) -> nn.Module:
-        """The parameters."""
-        return self.model.module
-
-    @property
-    def head(self) -> Head:
-        """That of the model, which reads other states."""
-        return self.model.head
 
     @torch.no_grad()
     def hidden(self, rows: Rows) -> Float[Tensor, "B T K"]:

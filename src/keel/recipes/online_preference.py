@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from keel.core.aggregate import Aggregation
 from keel.method import Claim, Method
-from keel.models.sources import Initial, Snapshot, Source
+from keel.models.sources import Initial, Pretrained, Snapshot, Source
+from keel.parts.rewards.informed_pairs import InformedPairs, Rejected
 from keel.parts.rewards.pairing import How, JudgePairs, Labels, PairUp, WinRates
 from keel.parts.rewards.transforms import WeightedSum
 from keel.parts.terms.links import LogSigmoid, SquaredToTarget
@@ -13,6 +14,7 @@ from keel.parts.terms.regressions import WinRateRegression
 from keel.parts.terms.scores import LogRatio
 from keel.recipes.registry import recipe
 from keel.rollouts.rollout import Rollout
+from keel.rollouts.taught import WrittenBy
 
 
 @recipe()
@@ -52,6 +54,40 @@ def online_dpo(
         models={"ref": Initial()},
         claim=Claim("E_pi[r] - beta KL(pi || ref), sequences", "sequence", "kl_policy_ref", "beta"),
     )
+
+
+@recipe(paper=59, baseline="online_dpo")
+def did_dpo(
+    beta: float = 0.1,
+    rejected: Rejected = "drawn",
+    target: Literal["reward", "teacher"] = "reward",
+    label_temperature: float = 1.0,
+    num_generations: int = 8,
+    temperature: float = 1.0,
+) -> Method:
+    """DPO without labels: the reference draws what is chosen, and the optimal rejected sampler what is rejected.
+
+    rejected(y) ~ ref(y) (ref / target)(y)^beta, under which the target is where the loss has its minimum: the optimum
+    of E_pi[r] - beta KL, or a teacher. The completions of a group stand for the rejected sampler by their weights.
+
+    Args:
+        beta: of the KL to the reference.
+        rejected: one for each chosen completion, or all at their probabilities.
+        target: the tilt of the reference by the reward, or the model `teacher` (`--teacher`), which reads no reward.
+        label_temperature: of the reward, as in `online_dpo`.
+        num_generations: completions a prompt, all of the reference.
+        temperature: of the sampler.
+
+    Source: "Differential Information: An Information-Theoretic Perspective on Preference Optimization", 2025.
+    """
+    method = online_dpo(beta, label_temperature=label_temperature, num_generations=num_generations)
+    taught = "teacher" if target == "teacher" else None
+    pairs = InformedPairs(rejected, label_temperature, taught, beta)
+    if taught:
+        tilt = Claim("KL(pi || teacher)", "sequence", "kl_policy_ref", "beta", "target", "teacher")
+        method = method.replacing(models={**method.models, taught: Pretrained("")}, claim=tilt)
+    method = method.replacing(transforms={"sum": WeightedSum(), "pairs": pairs})
+    return method.set("rollout.written", WrittenBy("ref")).set("rollout.temperature", temperature)
 
 
 @recipe(baseline="online_dpo")
@@ -106,7 +142,7 @@ def inpo(beta: float = 0.1, ratio: float = 1 / 3, every: int = 1, **ipo_options:
     Args:
         beta: eta of the paper, inverse size of the step; the strength of the KL, its tau, is ratio * beta.
         ratio: tau / eta, in [0, 1]; 1 is online IPO, 0 forgets the reference.
-        every: batches of an iteration; 1 takes the policy that drew the batch for pi_t.
+        every: batches of an iteration; 1 takes the policy that drew the batch for pi_t. Otherwise pi_t draws them all.
 
     Source: "Iterative Nash Policy Optimization: Aligning LLMs with General Preferences via No-Regret Learning", 2025.
     The paper compares best and worst of 8 and iterates three times, at eta 0.0075 as its scripts are remembered.
@@ -118,7 +154,8 @@ def inpo(beta: float = 0.1, ratio: float = 1 / 3, every: int = 1, **ipo_options:
     score = LogRatio(("ref", past), (ratio, 1 - ratio))
     terms = {"pairs": PairLoss(SquaredToTarget(0.5, beta), score, beta)}
     claim = _step("ref^ratio old^(1 - ratio) exp(P(y beats old) / beta) / Z", "mirror_step")
-    return method.replacing(terms=terms, models={**method.models, **models}, claim=claim)
+    method = method.replacing(terms=terms, models={**method.models, **models}, claim=claim)
+    return method.set("rollout.written", WrittenBy(past)) if models else method
 
 
 @recipe()

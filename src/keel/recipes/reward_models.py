@@ -6,6 +6,7 @@ from keel.models.heads import RewardHead
 from keel.models.sources import Initial
 from keel.parts.controllers.ahead import LookAhead
 from keel.parts.rewards.strength import Mode, PreferenceStrength
+from keel.parts.terms.early_learning import EarlyLearning
 from keel.parts.terms.links import LogSigmoid
 from keel.parts.terms.pairs import PairLoss
 from keel.parts.terms.reward_models import Centring
@@ -73,6 +74,22 @@ def contrastive_rm(coef: float = 0.1, on: On = "states", temperature: float = 0.
     term = Contrastive(coef, on, temperature)
     claim = Claim("the rewards behind the comparisons, and states of different texts apart", form="words")
     return bradley_terry(**reward_options).adding(terms={"contrast": term}).replacing(claim=claim)
+
+
+@recipe(paper=120, baseline="bradley_terry", neutral={"coef": 0.0}, preset=PRESET)
+def early_learning_rm(coef: float = 3.0, decay: float = 0.7, **reward_options) -> Method:
+    """A reward model that is held to what it believed of each pair early on, so that wrong labels lose their gradient.
+
+    Args:
+        coef: of the term; above 2 p / (2 p - 1) a model that is sure by p resists a label that says otherwise.
+        decay: of the running mean of what the model believed of a pair.
+
+    Source: "Early-Learning Regularization Prevents Memorization of Noisy Labels", 2020, of classes; a comparison is one
+        of two classes.
+    """
+    claim = Claim("the rewards behind comparisons of which some are the wrong way round", form="words")
+    term = EarlyLearning(coef, decay)
+    return bradley_terry(**reward_options).adding(terms={"early": term}).replacing(claim=claim)
 
 
 @recipe(paper=199, baseline="bradley_terry", neutral={"rate": 0.0}, preset=PRESET)

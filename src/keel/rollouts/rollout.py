@@ -7,6 +7,7 @@ import keel.rollouts.samplers  # noqa: F401 (they join the catalogue)
 from keel.core.errors import ConfigError
 from keel.core.registry import part
 from keel.rollouts.adaptive import AdaptiveTemperature
+from keel.rollouts.beside import CompletionsOf
 from keel.rollouts.extra import ExtraCompletions
 from keel.rollouts.sampling import Sampling
 from keel.rollouts.taught import GivenCompletions, WrittenBy
@@ -50,7 +51,9 @@ class Rollout:
         extra: further completions of some prompts at another temperature, beside the batch; None draws none.
         adaptive: a temperature for each token by its entropy; None draws all at one.
         given: completions of the data in place of some, for distillation; None draws all.
-        written: who draws, for distillation: a teacher, or a mixture with it; None is the policy.
+        written: who draws: a teacher or a mixture with it, for distillation; a model alone, for methods that compare
+            its completions; None is the policy.
+        beside: completions of each prompt by other models, beside those of the rollout.
 
     Raises:
         ValueError: a setting out of its range, or a sampler that cannot serve here.
@@ -73,6 +76,7 @@ class Rollout:
     adaptive: AdaptiveTemperature | None = None
     given: GivenCompletions | None = None
     written: WrittenBy | None = None
+    beside: tuple[CompletionsOf, ...] = ()
     max_turns: int | None = None
     max_turn_length: int | None = None
 
@@ -101,6 +105,12 @@ class Rollout:
         return Sampling(*settings, self.stop_strings, self.adaptive)
 
     @property
+    def writers(self) -> tuple[str, ...]:
+        """Names of the models beside the policy that draw."""
+        own = () if self.written is None else (self.written.model,)
+        return tuple(dict.fromkeys([*own, *(item.model for item in self.beside)]))
+
+    @property
     def grouped(self) -> bool:
         """Whether the rows of a group are the particles of one run."""
         return self.sampler is not None and entry_of(self.sampler).group == "particles"
@@ -121,6 +131,9 @@ class Rollout:
             raise ValueError("given completions have no log-probabilities of the mixture: take them or the mixture")
         if self.written is not None and (self.sampler or self.extra or self.greedy_baseline or self.adaptive):
             raise ValueError("what another model writes are plain samples: leave out sampler, extra, adaptive, greedy")
+        if self.beside and (self.sampler or self.extra or self.greedy_baseline or self.adaptive or self.given):
+            what = "plain samples stand beside plain samples of the policy"
+            raise ValueError(f"{what}: leave out sampler, extra, adaptive, greedy and given, or beside")
         if self.sampler is None:
             if value is not None:
                 raise ValueError("value is what a sampler goes by, and there is no sampler")

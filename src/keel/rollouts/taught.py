@@ -95,6 +95,18 @@ def mixture_log_probs(
     return torch.logaddexp(own + log_share[0], other.to(own) + log_share[1])
 
 
+def geometric_log_probs(
+    policy: Float[Tensor, "n V"], other: Float[Tensor, "n V"], share: float, temperature: float = 1.0
+) -> Float[Tensor, "n V"]:
+    """share log softmax(other / T) + (1 - share) log softmax(policy / T), normalised, of logits.
+
+    >>> both = torch.tensor([[0., 0.]]), torch.tensor([[9., 1.]]).log()
+    >>> geometric_log_probs(*both, 0.5).exp().tolist()
+    [[0.75, 0.25]]
+    """
+    return (((1 - share) * policy + share * other.to(policy)) / temperature).log_softmax(-1)
+
+
 def generate_mixture(
     policy: LocalGenerator,
     teacher: LocalGenerator,
@@ -106,8 +118,12 @@ def generate_mixture(
     seed: int,
     step: int = 0,
     data_index: Sequence[int] | None = None,
+    geometric: bool = False,
 ) -> Rows:
     """Completions of a mixture of two models, which read each other's tokens; see `Generator` and `WrittenBy`.
+
+    Args:
+        geometric: mix log-probabilities at each token, as `CompletionsOf` does, in place of probabilities.
 
     Raises:
         UserError: prompts that do not fit the context or the vocabulary of either.
@@ -118,8 +134,8 @@ def generate_mixture(
     Prompts.of(teacher.model, prompts, num_generations, room, **known)  # type: ignore[arg-type]  # that they fit
     length = asked.ids.shape[1] + room
     with evaluating(policy.model), evaluating(teacher.model):
-        stepper = _Both(policy.stepper(length), teacher.stepper(length, Workspace()))
-        chooser = _Mixing(policy.model, teacher.model, alpha, sampling, asked.row)
+        stepper = _Both(policy.stepper(length, Workspace()), teacher.stepper(length, Workspace()))
+        chooser = _Mixing(policy.model, teacher.model, alpha, sampling, asked.row, geometric)
         rows = asked.rows(decode(stepper, policy.model, asked, sampling, chooser=chooser), policy.model.pad_id)
     return rows.with_(logp={"mixture": rows.logp["behaviour"]})
 
@@ -152,17 +168,24 @@ class _Mixing(Chooser):
     """Draws from the mixture of both models' distributions."""
 
     def __init__(
-        self, policy: LanguageModel, teacher: LanguageModel, alpha: float, sampling: Sampling, row: Int[Tensor, "B"]
+        self,
+        policy: LanguageModel,
+        teacher: LanguageModel,
+        alpha: float,
+        sampling: Sampling,
+        row: Int[Tensor, "B"],
+        geometric: bool,
     ):
         super().__init__(policy.head, sampling, row, sampling.max_completion_length)
         self.models, self.alpha, self.width = (policy, teacher), alpha, policy.config.hidden_size
+        self.mixed = geometric_log_probs if geometric else mixture_log_probs
 
     def __call__(
         self, states: Float[Tensor, "n D"], alive: Int[Tensor, "n"], position: int
     ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
         parts = states[:, : self.width], states[:, self.width :]
         own, other = (m.head.logits(m.for_head(part)) for m, part in zip(self.models, parts, strict=True))
-        logits = mixture_log_probs(own, other, self.alpha, self.sampling.temperature)
+        logits = self.mixed(own, other, self.alpha, self.sampling.temperature)
         probs = (logits if self.filter is None else self.filter(logits)).softmax(-1)
         there = self.row.device
         token = draw(probs.to(there), self._uniform(position)[alive.to(there)]).to(probs.device)

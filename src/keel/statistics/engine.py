@@ -25,7 +25,7 @@ from keel.core.products import fast_products
 from keel.core.rows import Rows
 from keel.statistics.functionals import Functional, State, Value, backbone
 from keel.statistics.positions import Positions
-from keel.statistics.stats import Stats, packed, unpacked
+from keel.statistics.stats import Stats, packed, slots_of
 from keel.statistics.workspace import Workspace
 
 LIVE = "policy"
@@ -203,15 +203,15 @@ class Engine:
 
     def _differentiate(
         self, loss: Loss, rows: Rows, frozen: Stats, live: Stats
-    ) -> tuple[Tensor, dict[Functional, Tensor]]:
+    ) -> tuple[Tensor, dict[Functional, "Slopes"]]:
         leaves = {f: value.detach().requires_grad_() for f, value in live.items()}
         with torch.enable_grad():
-            value = loss(rows, frozen.merged(leaves))
+            value = loss(rows, frozen.merged(Stats(leaves, live.masks)))
         if not value.requires_grad:
             return value.detach(), {}
         grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         found = {f: g for f, g in zip(leaves, grads, strict=True) if g is not None and _learns(f)}
-        return value.detach(), {f: unpacked(g, rows.masks[f.where]) if packed(f) else g for f, g in found.items()}
+        return value.detach(), {f: Slopes.of(f, g, rows) for f, g in found.items()}
 
     # -- back ----------------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class Engine:
         return {name: torch.zeros_like(h, requires_grad=False) for name, h in batch.hidden.items() if name in trained}
 
     def _through_heads(
-        self, batch: Pass, grads: dict[Functional, Tensor], upstream: dict[str, Tensor], workspace: Workspace
+        self, batch: Pass, grads: dict[Functional, "Slopes"], upstream: dict[str, Tensor], workspace: Workspace
     ) -> None:
         """Gradients of the states, chunk by chunk."""
         with fast_products(self._wide()):
@@ -281,11 +281,16 @@ class Engine:
                     dlogits /= self.temperature
                 upstream[LIVE][start:stop] += head.backward(batch.hidden[LIVE][start:stop].detach(), dlogits)
 
-    def _gradient_at(self, functional: Functional, grad: Tensor, batch: Pass, start: int, stop: int) -> Tensor:
+    def _gradient_at(self, functional: Functional, slopes: "Slopes", batch: Pass, start: int, stop: int) -> Tensor:
         b, t = batch.place[0][start:stop], batch.place[1][start:stop]
+        if slopes.slots is not None:
+            slot = slopes.slots[b, t]
+            return slopes.grad.new_zeros(len(slot), *slopes.grad.shape[1:]).index_put(
+                (slot >= 0,), slopes.grad[slot[slot >= 0]]
+            )
         if functional.where != "last":
-            return grad[b, t]
-        g = grad[b]  # only the last position of a row carries it
+            return slopes.grad[b, t]
+        g = slopes.grad[b]  # only the last position of a row carries it
         return g * _is_last(batch)[start:stop].view(-1, *(1,) * (g.dim() - 1))
 
     def _backward_value(self, functional: Value, batch, start, stop, g, upstream) -> None:
@@ -414,16 +419,35 @@ class Engine:
                 module.eval()
 
 
+@dataclass(frozen=True, eq=False)
+class Slopes:
+    """The gradient of a loss in the numbers of a functional, of their shape; of packed ones with their slots [B, T]."""
+
+    grad: Tensor
+    slots: Tensor | None = None
+
+    @staticmethod
+    def of(functional: Functional, grad: Tensor, rows: Rows) -> "Slopes":
+        """With the slots of the rows that the numbers are of."""
+        return Slopes(grad, slots_of(rows.masks[functional.where]) if packed(functional) else None)
+
+
 class _Collector:
-    """Puts numbers of chunks at their places in the step's [B, T]."""
+    """Puts numbers of chunks at their places in the step's [B, T], or among those of a named mask."""
 
     def __init__(self, rows: Rows):
         self.rows = rows
         self.values: dict[Functional, Tensor] = {}
+        self.slots: dict[str, Tensor] = {}
 
     def _room(self, functional: Functional, numbers: Tensor, tail: int) -> Tensor:
         if functional not in self.values:
-            shape = self.rows.tokens.shape[:1] if functional.where == "last" else self.rows.tokens.shape
+            if packed(functional):
+                mask = self.rows.masks[functional.where]
+                self.slots.setdefault(functional.where, slots_of(mask))
+                shape, tail = torch.Size([int(mask.sum())]), 1
+            else:
+                shape = self.rows.tokens.shape[:1] if functional.where == "last" else self.rows.tokens.shape
             self.values[functional] = numbers.new_zeros(*shape, *numbers.shape[tail:])
         return self.values[functional]
 
@@ -433,22 +457,25 @@ class _Collector:
         if functional.where == "last":
             last = _is_last(batch)[start:stop]
             room[b[last]] = numbers[last]
+        elif packed(functional):
+            slot = self.slots[functional.where][b, t]
+            room[slot[slot >= 0]] = numbers[slot >= 0]
         else:
             room[b, t] = numbers
 
     def put_rows(self, functional: Functional, index: Tensor, numbers: Tensor, part: Rows) -> None:
-        if packed(functional):
-            numbers = unpacked(numbers, part.masks[functional.where])
-        tail = 1 if functional.where == "last" else 2
-        room = self._room(functional, numbers, tail)
+        room = self._room(functional, numbers, 1 if functional.where == "last" else 2)
         if functional.where == "last":
             room[index] = numbers
+        elif packed(functional):
+            mask = part.masks[functional.where]
+            room[self.slots[functional.where][index, : mask.shape[1]][mask]] = numbers
         else:
             room[index, : numbers.shape[1]] = numbers
 
     def stats(self, functionals: Sequence[Functional]) -> Stats:
         masks = {f.where: self.rows.masks[f.where] for f in functionals if packed(f)}
-        return Stats({f: self.values[f][masks[f.where]] if packed(f) else self.values[f] for f in functionals}, masks)
+        return Stats({f: self.values[f] for f in functionals}, masks)
 
 
 def _column(batch: Pass, name: str, start: int, stop: int) -> Tensor:

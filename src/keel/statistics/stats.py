@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from keel.core.errors import KeelError
@@ -60,7 +61,7 @@ class Stats(Mapping[Functional, Tensor]):
         if functional.where not in self.masks:
             raise KeelError(f"{functional.name} is packed, and its mask '{functional.where}' is not known here")
         mask = self.masks[functional.where]
-        return unpacked(value, mask)[index][mask[index]]
+        return value[slots_of(mask)[index][mask[index]]]
 
     def detached(self) -> "Stats":
         """The same numbers without gradient."""
@@ -72,7 +73,11 @@ def packed(functional: Functional) -> bool:
     return functional.where not in ("mask", "last")
 
 
-def unpacked(numbers: Tensor, mask: Tensor) -> Tensor:
-    """[n, *F] back to [B, T, *F], 0 off the mask."""
-    whole = numbers.new_zeros(*mask.shape, *numbers.shape[1:])
-    return whole.index_put(mask.nonzero(as_tuple=True), numbers)
+def slots_of(mask: Tensor) -> Tensor:
+    """Where the number of each position of a mask [B, T] stands among the packed ones; -1 off it.
+
+    >>> import torch
+    >>> slots_of(torch.tensor([[True, False], [True, True]])).tolist()
+    [[0, -1], [1, 2]]
+    """
+    return torch.where(mask, mask.flatten().cumsum(0).view_as(mask) - 1, -1)

@@ -92,6 +92,45 @@ class TopTokens:
 
 
 @dataclass(frozen=True)
+class TopOfMixture:
+    """As `TopTokens`, of the distribution whose logits are sum_i w_i z_i, those of several models.
+
+    Negative weights are allowed; where the weights add up to 1 it is a log-linear mixture, or goes beyond one.
+
+    Args:
+        k: tokens.
+        of: the models.
+        weights: one for each of them.
+
+    Raises:
+        ValueError: another number of weights.
+    """
+
+    k: int
+    of: tuple[str, ...]
+    weights: tuple[float, ...]
+    where: str = "mask"
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(self.of):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.of)} models")
+
+    @property
+    def name(self) -> str:
+        return f"top_of_mixture({', '.join(self.of)}, {self.k})"
+
+    def __call__(self, at: Positions) -> Float[Tensor, "n K"]:
+        total = torch.zeros_like(at.centred(self.of[0]), dtype=torch.float64)
+        for model, weight in zip(self.of, self.weights, strict=True):
+            total.add_(at.centred(model), alpha=weight)
+        logp = total.log_softmax(-1)
+        named, ids = logp.topk(min(self.k, logp.shape[-1]), -1)
+        rest = logp.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([ids.to(logp), named, rest], -1)
+
+
+@dataclass(frozen=True)
 class PlackettLuce:
     """-sum_j w_j log(exp s_{o_j} / sum_{i >= j} exp s_{o_i}) for the ranking o: the chosen token, then the teacher's.
 

@@ -276,7 +276,8 @@ def _mirror(share: float | None = None) -> Callable[[World, Objective], Target]:
 
     def target(world: World, claim: Objective) -> Target:
         own = float(claim.settings["ratio"]) if share is None else share
-        ref, old = world.log_probs("ref"), world.log_probs("old")
+        kept = share is None and claim.settings["every"] > 1  # the policy of the last iteration, which draws, too
+        ref, old = world.log_probs("ref"), world.log_probs("past" if kept else "old")
         return Target(own * ref + (1 - own) * old + _wins(world, claim, old) / claim.beta)
 
     return target
@@ -290,9 +291,12 @@ def _self_step(world: World, claim: Objective) -> Target:
 
 
 def _nash_md(world: World, claim: Objective) -> Target:
-    """The answer to the mixture of the sampler and the reference."""
+    """The answer to the mixture of the sampler and the reference: that of each token where it is drawn."""
     share, ref = float(claim.settings["mixture"]), world.log_probs("ref")
     mixture = ((1 - share) * world.log_probs("old") + share * ref).log_softmax(1)
+    if claim.settings["opponents"]:
+        own, other = (world.table(name).table.log_softmax(-1) for name in ("old", "ref"))
+        mixture = sequence_log_probs(TabularPolicy(world.space, (1 - share) * own + share * other)).detach()
     return Target(ref + _wins(world, claim, mixture) / claim.beta)
 
 

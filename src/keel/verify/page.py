@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from keel.verify import measured
 from keel.verify.entry import verify
 from keel.verify.placements import DISTANCES, PLACEMENTS, SPACE, STALENESS, Point, sweep
 from keel.verify.recipes import BETA, FIXED_POINT, HOLDS, NOTHING, SHORT, Verification
@@ -102,9 +103,11 @@ def figure(points: Sequence[Point], path: Path) -> None:
 
 
 def write(folder: Path) -> None:
-    """The page and its figure into a folder of documentation."""
-    (folder / "verification.md").write_text(page(verify(full=True)))
-    figure(sweep(), folder / "verification.svg")
+    """The page and its figure into a folder of documentation, and the same numbers into the package."""
+    found, points = verify(full=True), sweep()
+    (folder / "verification.md").write_text(page(found))
+    figure(points, folder / "verification.svg")
+    measured.write(found, points)
 
 
 def _table(found: Sequence[Verification]) -> list[str]:

@@ -16,6 +16,7 @@ from keel.parts.advantages.stream import discounted_sum, reward_stream
 from keel.parts.replay.memory import joined
 from keel.parts.replay.rehearsal import Rehearsal
 from keel.parts.rewards.stored_teacher import StoredTeacher
+from keel.rollouts.beside import AUTHOR
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import Functional, LogProb, Value
 from keel.statistics.stats import Stats
@@ -56,10 +57,10 @@ def expected_update(
     """
     if method.kind not in KINDS:
         raise ValueError(f"methods of kind '{method.kind}' have no rows in this world")
-    everything = batch_for(method, world)
+    everything = with_rows_beside(method, world, batch_for(method, world))
     models = {name: world.table(name, dtype) for name in ("policy", "old", *method.models)}
     states = _remembered(method, world, everything, models)
-    drawn = everything if rows is None else rows
+    drawn = everything if rows is None else with_rows_beside(method, world, rows)
     batch, frozen = _prepared(method, world, with_stored(method, world, drawn), models, states)
     main = (batch.main | (batch.stream == int(Stream.REGULARISER))).nonzero().flatten()
     batch, frozen = batch.select(main), frozen.select(main)
@@ -77,9 +78,36 @@ def batch_for(method: Method, world: World) -> Rows:
         return _taught(method, world)
     if method.reads is not None:
         return preference_rows(world, method.reads, _scale(method))
-    rows = world.rows("old")
-    rows = rows.with_(logp={"behaviour": _token_log_probs(world.table("old"), rows)})
+    who = author_of(method)
+    rows = world.rows(who)
+    rows = rows.with_(logp={"behaviour": _token_log_probs(world.table(who), rows)})
     return with_greedy(method, world, rows)
+
+
+def author_of(method: Method) -> str:
+    """Who draws the completions of an online method."""
+    return "old" if method.rollout is None or method.rollout.written is None else method.rollout.written.model
+
+
+def with_rows_beside(method: Method, world: World, rows: Rows) -> Rows:
+    """The rows and, in each group, every completion of the models that draw beside it, at its probability."""
+    beside = () if method.rollout is None else method.rollout.beside
+    if not beside:
+        return rows
+    parts = [rows.with_(columns={**rows.columns, AUTHOR: torch.zeros_like(rows.row)})]
+    ids, place = rows.group.unique(return_inverse=True)
+    first = torch.full_like(ids, len(rows)).scatter_reduce(0, place, torch.arange(len(rows)), "amin")
+    for i, item in enumerate(beside):
+        own, other = (world.table(name).table.log_softmax(-1) for name in ("old", item.model))
+        mixed = TabularPolicy(world.space, ((1 - item.share) * own + item.share * other).detach())
+        known = {"exact": rows.exact, "columns": {}}
+        for group, prompt in zip(ids.tolist(), rows.prompt_ids[first, -1].tolist(), strict=True):
+            more = mixed.weighted(world.space.rows(prompt)).with_(reward=world.reward[prompt][:, None], **known)
+            more = more.with_(logp={name: _token_log_probs(mixed, more) for name in rows.logp})
+            stream = torch.full_like(more.stream, int(Stream.CANDIDATE))
+            columns = {AUTHOR: torch.full_like(more.row, i + 1)}
+            parts.append(more.with_(stream=stream, columns=columns, group=torch.full_like(more.group, group)))
+    return joined(parts)
 
 
 def _taught(method: Method, world: World) -> Rows:

@@ -18,7 +18,7 @@ from keel.core.aggregate import Groups, ratio, scalar_reward
 from keel.core.choice import uniforms
 from keel.core.errors import MethodError
 from keel.core.registry import part
-from keel.core.rows import Pairs, Rows
+from keel.core.rows import Pairs, Rows, Stream
 from keel.parts.rewards.anchored import sequence_log_prob
 from keel.statistics.functionals import Functional, LogProb
 from keel.statistics.stats import Stats
@@ -158,9 +158,10 @@ class WinRates:
 
         P(i beats opponent) = sum_j w_j P(i beats j) / sum_j w_j,   j the others,   w_j = (opponent / old)(y_j)^share
 
-    The others were drawn by the policy. Without an opponent they stand for it (self-play); with one they are weighted
-    so that they stand for the geometric mixture old^(1 - share) opponent^share, which a share of 1 makes the opponent
-    itself. On enumerated rows all completions play, at their probabilities. The column `win_rate` keeps P, and
+    With `drawn` the others are those that the opponent has drawn (`rollout.beside`), each with w = 1. Otherwise they
+    were drawn by the policy. Without an opponent they stand for it (self-play); with one they are weighted so that they
+    stand for the geometric mixture old^(1 - share) opponent^share, which a share of 1 makes the opponent itself. On
+    enumerated rows all completions play, at their probabilities. The column `win_rate` keeps P, and
     `win_rate/ess` the effective share of those that were played against.
 
     A completion that also plays against itself, at 1/2, has a reward of (G - 1) / G that size. With a leave-one-out
@@ -172,6 +173,7 @@ class WinRates:
         share: of the opponent in the mixture.
         judge: module:function of a pairwise judge, whose answers take the place of the rewards'.
         own: a completion plays against itself, too.
+        drawn: the others are candidates beside the group; a group without any has no rewards.
 
     Raises:
         ValueError: a share outside [0, 1], a negative temperature, or several reward columns.
@@ -185,6 +187,7 @@ class WinRates:
     share: float = 1.0
     judge: str | None = None
     own: bool = False
+    drawn: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
@@ -195,7 +198,7 @@ class WinRates:
     @property
     def weighs(self) -> bool:
         """Whether the others stand for another model than the one that drew them."""
-        return self.opponent != "old" and self.share > 0
+        return self.opponent != "old" and self.share > 0 and not self.drawn
 
     @property
     def needs(self) -> tuple[Functional, ...]:
@@ -210,7 +213,8 @@ class WinRates:
         won = judged(rows) if self.judge is not None else self._by_reward(rows)
         alone = torch.eye(len(rows), dtype=torch.bool, device=rows.device) & ~won.isnan().all(1)
         won = torch.where(alone, 0.5, won)  # a judge is not asked to compare a completion with itself
-        plays = ~won.isnan() & rows.main[:, None] & rows.main[None]
+        others = rows.stream == int(Stream.CANDIDATE) if self.drawn else rows.main
+        plays = ~won.isnan() & rows.main[:, None] & others[None]
         if not rows.exact and not self.own:
             plays &= ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
         weight = (rows.weight.to(won) * plays).masked_fill(~plays, 0.0)
@@ -263,8 +267,15 @@ def judged(rows: Rows) -> Float[Tensor, "B B"]:
     return torch.where(together, said, torch.nan)
 
 
-def rows_to_compare(rows: Rows, how: How) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
-    """The pairs that a judge is to be asked about, each once: of random pairs those, else every two of a group."""
+def rows_to_compare(rows: Rows, how: How | Literal["beside"]) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+    """The pairs that a judge is to be asked about, each once: of random pairs those, else every two of a group; or, of
+    each group, its rows with the candidates beside them.
+    """
+    if how == "beside":
+        candidate = rows.stream == int(Stream.CANDIDATE)
+        together = (rows.group[:, None] == rows.group[None]) & rows.main[:, None] & candidate[None]
+        first, second = together.nonzero(as_tuple=True)
+        return first, second
     return _chosen_pairs(rows, rows.main, rows.weight, "random" if how == "random" else "all")
 
 

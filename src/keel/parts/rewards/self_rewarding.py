@@ -24,26 +24,28 @@ Place = tuple[Literal["current", "anchor", "future"], int]
 @part("self_score", paper=127)
 @dataclass(frozen=True)
 class SelfScore:
-    """The reward of a completion is the policy's own: S(y) = log old(y) - log initial(y).
+    """The reward of a completion is the policy's own: S(y) = log scorer(y) - log initial(y).
 
-    In a group where old still is the initial model it is the mean log-probability of a token, which does not favour
-    short answers as the sum would.
+    In a group where the scorer still is the initial model it is the mean log-probability of a token, which does not
+    favour short answers as the sum would.
 
     Args:
         initial: name of the model before training.
+        scorer: who scores: old, the policy as it is, or the name of a model that it was.
 
     Source: "CREAM: Consistency Regularized Self-Rewarding Language Models", 2025.
     """
 
     initial: str = "ref"
+    scorer: str = "old"
 
     @property
     def needs(self) -> tuple[Functional, ...]:
         """Both models."""
-        return (LogProb(of=("old",)), LogProb(of=(self.initial,)))
+        return (LogProb(of=(self.scorer,)), LogProb(of=(self.initial,)))
 
     def __call__(self, rows: Rows, stats: Stats) -> Rows:
-        return rows.with_(reward=own_score(rows, stats, "old", self.initial)[:, None])
+        return rows.with_(reward=own_score(rows, stats, self.scorer, self.initial)[:, None])
 
 
 def own_score(rows: Rows, stats: Stats, model: str, initial: str) -> Float[Tensor, "B"]:

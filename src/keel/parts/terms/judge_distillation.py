@@ -18,22 +18,29 @@ from keel.core.rows import Rows
 from keel.parts.terms.pairs import pairs_of
 from keel.statistics.functionals import Functional, LogProb
 from keel.statistics.positions import Positions
-from keel.statistics.stats import Stats
+from keel.statistics.stats import Stats, slots_of
 
 DISTIL = "distil"  # mask: the answer without its end token
 
 
 @dataclass(frozen=True)
 class WholeLogProbs:
-    """log pi of every token of the vocabulary, [n, V].
+    """log pi of every token of the vocabulary at the positions of a named mask alone, packed as [n, V].
 
-    The gradient of the logits is that of a log-softmax, by autograd. The engine collects numbers and gradients as
-    [B, T, V], which is for completions of a few tokens, such as a judge's digit.
+    The gradient of the logits is that of a log-softmax, by autograd. Numbers and gradients exist for these positions
+    only, such as those of a judge's digit.
+
+    Raises:
+        ValueError: all tokens are asked for.
     """
 
     of: tuple[str, ...] = ("policy",)
-    where: str = "mask"
+    where: str = DISTIL
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.where in ("mask", "last"):
+            raise ValueError("whole distributions are measured at a named mask of few positions")
 
     @property
     def name(self) -> str:
@@ -97,9 +104,9 @@ class JudgeDistillation:
         teacher, student = _aligned(place[pairs.chosen]), _aligned(place[pairs.rejected])
         both = (teacher > 0) & (student > 0)
         pair = both.nonzero()[:, 0]
-        found = stats[WholeLogProbs()]
-        first = found[pairs.chosen[pair], teacher[both] - 1].detach()
-        second = found[pairs.rejected[pair], student[both] - 1]
+        found, slots = stats[WholeLogProbs()], slots_of(rows.masks[DISTIL])
+        first = found[slots[pairs.chosen[pair], teacher[both] - 1]].detach()
+        second = found[slots[pairs.rejected[pair], student[both] - 1]]
         p = first.exp()
         gap = torch.where(p > 0, p * (first - second), torch.zeros_like(p)).sum(1)
         weight = pairs.measure[:, None].expand(both.shape)[both].to(gap)

@@ -17,10 +17,9 @@ from keel.core.aggregate import ratio, weighted_mean
 from keel.core.errors import DataError, MethodError
 from keel.core.registry import part
 from keel.core.rows import Rows
-from keel.parts.terms.pairs import Score, Side
+from keel.parts.terms.pairs import ReadsScore, Score, Side
 from keel.parts.terms.ranking import mean_reciprocal_rank, ndcg, recall
 from keel.parts.terms.scores import LogRatio
-from keel.statistics.functionals import Functional
 from keel.statistics.stats import Stats
 
 Weighting = Literal["ndcg", "discount", "reciprocal"]
@@ -85,7 +84,7 @@ def beaten_by(scores: Float[Tensor, "L N"], others: Bool[Tensor, "L N N"]) -> Fl
 
 @part("list_ranking", paper=81)
 @dataclass(frozen=True)
-class ListRanking:
+class ListRanking(ReadsScore):
     """-(1 / N) sum_i w_i log sigmoid(-z_i), z_i = log mean_{j != i} exp(beta (S_j - S_i)), averaged over lists.
 
         ndcg          w_i = (2^y_i - 1) / log2(1 + tau_i)
@@ -127,16 +126,6 @@ class ListRanking:
         if self.weighting not in get_args(Weighting):
             raise ValueError(f"weighting '{self.weighting}' is not one of {', '.join(get_args(Weighting))}")
 
-    @property
-    def needs(self) -> tuple[Functional, ...]:
-        """Those of the score."""
-        return tuple(getattr(self.score, "needs", ()))
-
-    @property
-    def heads_read(self) -> tuple[str, ...]:
-        """Those of the score."""
-        return tuple(getattr(self.score, "heads_read", ()))
-
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, ""]:
         lists = Lists.of(rows)
         scores = self.beta * lists.scores(self.score, rows, stats)
@@ -163,7 +152,7 @@ class ListRanking:
 
 @part("plackett_luce")
 @dataclass(frozen=True)
-class PlackettLuce:
+class PlackettLuce(ReadsScore):
     """sum_i -log( e^{s_i} / (e^{s_i} + sum_{j worse than i} e^{s_j}) ), s = beta S, averaged over lists.
 
     The likelihood of an order in which each item is picked among those that are left. Items of equal relevance are not
@@ -194,16 +183,6 @@ class PlackettLuce:
 
     def __post_init__(self) -> None:
         _check(self.beta, self.k)
-
-    @property
-    def needs(self) -> tuple[Functional, ...]:
-        """Those of the score."""
-        return tuple(getattr(self.score, "needs", ()))
-
-    @property
-    def heads_read(self) -> tuple[str, ...]:
-        """Those of the score."""
-        return tuple(getattr(self.score, "heads_read", ()))
 
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, ""]:
         lists = Lists.of(rows)

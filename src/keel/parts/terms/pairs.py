@@ -199,7 +199,7 @@ class PairLoss:
     @property
     def heads_read(self) -> tuple[str, ...]:
         """Those of the scores and of the weight."""
-        return tuple(h for item in (*self._scores, self.weight) for h in getattr(item, "heads_read", ()))
+        return part_heads(*self._scores, self.weight)
 
     def scores(self, rows: Rows, stats: Stats) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
         """beta S of both sides."""
@@ -266,3 +266,24 @@ def pairs_of(rows: Rows) -> Pairs:
 def part_needs(*items: Any) -> tuple[Functional, ...]:
     """The functionals that several parts read, each once."""
     return tuple(dict.fromkeys(f for item in items for f in getattr(item, "needs", ()) or ()))
+
+
+def part_heads(*items: Any) -> tuple[str, ...]:
+    """The heads that several parts read, each once."""
+    return tuple(dict.fromkeys(head for item in items for head in getattr(item, "heads_read", ())))
+
+
+class ReadsScore:
+    """A part that reads what its score reads."""
+
+    score: Score
+
+    @property
+    def needs(self) -> tuple[Functional, ...]:
+        """Those of the score."""
+        return part_needs(self.score)
+
+    @property
+    def heads_read(self) -> tuple[str, ...]:
+        """Those of the score."""
+        return part_heads(self.score)

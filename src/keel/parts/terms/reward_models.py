@@ -8,15 +8,14 @@ from torch import Tensor
 from keel.core.aggregate import ratio
 from keel.core.registry import part
 from keel.core.rows import Rows
-from keel.parts.terms.pairs import Score, pairs_of, sides
+from keel.parts.terms.pairs import ReadsScore, Score, pairs_of, sides
 from keel.parts.terms.scores import HeadScore
-from keel.statistics.functionals import Functional
 from keel.statistics.stats import Stats
 
 
 @part("centring")
 @dataclass(frozen=True)
-class Centring:
+class Centring(ReadsScore):
     """coef * sum_i m_i (R_w + R_l)_i^2 / sum_i m_i: pairs leave a constant undetermined, and this takes the one near 0.
 
     Args:
@@ -31,16 +30,6 @@ class Centring:
     score: Score = HeadScore()
     additive = False
     reads = "pairs"
-
-    @property
-    def needs(self) -> tuple[Functional, ...]:
-        """Those of the score."""
-        return tuple(getattr(self.score, "needs", ()))
-
-    @property
-    def heads_read(self) -> tuple[str, ...]:
-        """Those of the score."""
-        return tuple(getattr(self.score, "heads_read", ()))
 
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, ""]:
         pairs = pairs_of(rows)

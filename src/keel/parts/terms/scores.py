@@ -9,7 +9,7 @@ from torch import Tensor
 
 from keel.core.aggregate import ratio
 from keel.core.registry import part
-from keel.parts.terms.pairs import Side, part_needs
+from keel.parts.terms.pairs import Side, part_heads, part_needs
 from keel.statistics.functionals import Functional, LogProb, Value
 
 Norm = Literal["sum", "mean"]
@@ -89,7 +89,7 @@ class LogRatio:
     @property
     def heads_read(self) -> tuple[str, ...]:
         """Those of the weight and of the features."""
-        return tuple(h for item in (self.weight, *self.features) for h in getattr(item, "heads_read", ()))
+        return part_heads(self.weight, *self.features)
 
     @property
     def difference_only(self) -> bool:

@@ -20,7 +20,7 @@ from keel.core.aggregate import ratio
 from keel.core.errors import MethodError
 from keel.core.registry import part
 from keel.core.rows import Rows
-from keel.parts.terms.pairs import PairWeight, Score, Side, pairs_of, part_needs, sides
+from keel.parts.terms.pairs import PairWeight, ReadsScore, Score, Side, pairs_of, part_heads, part_needs, sides
 from keel.parts.terms.scores import Feature, TokenWeight
 from keel.statistics.functionals import Divergence, Functional, LogProb
 from keel.statistics.stats import Stats
@@ -69,7 +69,7 @@ class SequentialKL:
     @property
     def heads_read(self) -> tuple[str, ...]:
         """Those of the weight."""
-        return tuple(getattr(self.weight, "heads_read", ())) if self.alpha else ()
+        return part_heads(self.weight) if self.alpha else ()
 
     def __call__(self, side: Side) -> Float[Tensor, "N"]:
         if not self.alpha:
@@ -178,7 +178,7 @@ class TokenRewardLikelihood:
 
 @part("misorder_weight", paper=170)
 @dataclass(frozen=True)
-class MisorderWeight:
+class MisorderWeight(ReadsScore):
     """sg[sigmoid(offset - beta (S_w - S_l))], the factor of a pair in the gradient of a log-sigmoid loss.
 
     Args:
@@ -192,16 +192,6 @@ class MisorderWeight:
     score: Score
     beta: float = 0.1
     offset: float = 0.0
-
-    @property
-    def needs(self) -> tuple[Functional, ...]:
-        """Those of the score."""
-        return part_needs(self.score)
-
-    @property
-    def heads_read(self) -> tuple[str, ...]:
-        """Those of the score."""
-        return tuple(getattr(self.score, "heads_read", ()))
 
     def __call__(self, chosen: Side, rejected: Side) -> Float[Tensor, "N"]:
         return (self.offset - self.beta * (self.score(chosen) - self.score(rejected))).sigmoid().detach()
@@ -246,7 +236,7 @@ class PairPenalty:
     @property
     def heads_read(self) -> tuple[str, ...]:
         """Those of the feature and of the weight."""
-        return tuple(h for item in (self.feature, self.weight) for h in getattr(item, "heads_read", ()))
+        return part_heads(self.feature, self.weight)
 
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, ""]:
         pairs = pairs_of(rows)

@@ -9,7 +9,7 @@ from torch import Tensor
 from keel.core.aggregate import ratio
 from keel.core.choice import uniforms
 from keel.core.registry import part
-from keel.parts.terms.pairs import Side, part_needs
+from keel.parts.terms.pairs import Side, part_heads, part_needs
 from keel.parts.terms.scores import TokenWeight
 from keel.statistics.functionals import Functional, Value
 from keel.statistics.positions import Positions
@@ -129,7 +129,7 @@ class WeightNorm:
     @property
     def heads_read(self) -> tuple[str, ...]:
         """Those of the weight."""
-        return tuple(getattr(self.weight, "heads_read", ()))
+        return part_heads(self.weight)
 
     def __call__(self, side: Side) -> Float[Tensor, "N"]:
         return self._weights(side).abs().sum(1)

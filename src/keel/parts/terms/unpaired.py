@@ -21,9 +21,8 @@ from keel.core.choice import row_ids
 from keel.core.errors import MethodError
 from keel.core.registry import part
 from keel.core.rows import Rows, Stream
-from keel.parts.terms.pairs import Score, Side
+from keel.parts.terms.pairs import ReadsScore, Score, Side
 from keel.parts.terms.scores import LogRatio
-from keel.statistics.functionals import Functional
 from keel.statistics.stats import Stats
 
 LabelLink = Literal["sigmoid", "log_sigmoid"]
@@ -35,7 +34,7 @@ Beside = tuple[Rows, Stats]
 
 @part("unpaired_loss")
 @dataclass(frozen=True)
-class UnpairedLoss:
+class UnpairedLoss(ReadsScore):
     """coef * the mean over examples of p l_1 link(z) + (1 - p) l_0 link(-z), z = beta S - delta.
 
         sigmoid        link(z) = 1 - sigmoid(z), which saturates on both sides (KTO)
@@ -104,16 +103,6 @@ class UnpairedLoss:
                 type(self.score).__name__,
                 "Take the score of the reverse KL, or learn from pairs.",
             )
-
-    @property
-    def needs(self) -> tuple[Functional, ...]:
-        """Those of the score."""
-        return tuple(getattr(self.score, "needs", ()))
-
-    @property
-    def heads_read(self) -> tuple[str, ...]:
-        """Those of the score."""
-        return tuple(getattr(self.score, "heads_read", ()))
 
     @property
     def reads_mismatched(self) -> bool:
