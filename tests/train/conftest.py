@@ -1,5 +1,7 @@
 """A small base model, trained once for all tests of the loop."""
 
+from functools import partial
+
 import pytest
 
 from keel.models.tiny import TinyConfig
@@ -38,10 +40,12 @@ def teacher(base, tmp_path_factory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _few_comparisons(monkeypatch):
-    """The built-in comparisons of tests are few: drawing them is most of the time."""
+def _few_comparisons(monkeypatch, request):
+    """The built-in comparisons of tests are few, and outside slow ones the small base draws them."""
     monkeypatch.setattr("keel.train.comparisons.PROMPTS", 64)
     monkeypatch.setattr("keel.train.comparisons.HELD_OUT", 16)
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr("keel.train.comparisons.ensure_base", partial(ensure_base, how=SMALL_BASE))
 
 
 @pytest.fixture

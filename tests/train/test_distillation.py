@@ -18,7 +18,8 @@ from keel.parts.rewards.stored_teacher import stored
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import Divergence, LogProb
 from keel.train.configuration import Request, resolve
-from keel.train.online import given_batch, prepare
+from keel.train.given import given_batch
+from keel.train.online import prepare
 from keel.train.session import build_session
 from keel.train.setup import prepare_setup
 from keel.train.teachers import store_top_k

@@ -9,7 +9,7 @@ from tests.serve.running import running
 from typer.testing import CliRunner
 
 from keel.cli.main import app
-from keel.core.errors import ConfigError, DataError
+from keel.core.errors import ConfigError, DataError, RewardError
 from keel.models.tiny import SMALL, build_tiny
 from keel.tasks.preference_data import load_preferences
 from keel.train.judging import judge, read_items
@@ -87,8 +87,12 @@ def test_failures_are_kept_with_their_reason(tmp_path):
         return [None if prompt == "q3" else float(len(text)) for prompt, text in zip(prompts, completions, strict=True)]
 
     out = tmp_path / "out.jsonl"
-    facts = judge(ROWS, out, moody)
+    texts: list[str] = []
+    facts = judge(ROWS, out, moody, report=lambda event, said: texts.append(str(said.get("text"))))
     assert (facts["decided"], facts["failed"], facts["unparsable"]) == (3.0, 1.0, 1.0)
+    (warning,) = [text for text in texts if "undecided" in text]
+    assert warning.startswith("2 of 5 items are undecided: 1 failed: the judge said ") and "no q2 please" in warning
+    assert "1 unparsable: the judge said 'the reward does not apply' (out.jsonl.undecided.jsonl)" in warning
     assert [(row["prompt"], row["reason"]) for row in apart(out)] == [("q2", "failed"), ("q3", "unparsable")]
     assert "no q2 please" in apart(out)[0]["said"][0]
 
@@ -293,3 +297,24 @@ def test_on_the_command_line(tmp_path):
     assert json.loads(resumed.stdout)["resumed"] == 5
     missing = CliRunner().invoke(app, [*given, "--template", str(tmp_path / "none.txt")])
     assert isinstance(missing.exception, ConfigError)
+
+
+def test_a_judge_that_scores_nothing_fails_with_its_reason(tmp_path):
+    """Exit code 1, and why on the screen; where it scores anything, 0, and how many are undecided."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "ill.py").write_text(
+        "def always(prompts, completions, **columns):\n    raise RuntimeError('the judge is ill')\n"
+        "def tied(prompts, completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+
+    def run(name: str):
+        given = ["judge", str(tmp_path / "data.jsonl"), str(tmp_path / f"{name}.jsonl")]
+        return CliRunner().invoke(app, [*given, "--reward", f"{tmp_path / 'ill.py'}:{name}", "--json"])
+
+    found = run("always")
+    assert isinstance(found.exception, RewardError) and found.exception.exit_code == 1
+    assert "the judge has scored none of the 5 items" in str(found.exception)
+    assert "5 of 5 items are undecided: 5 failed" in found.stderr and "the judge is ill" in found.stderr
+    assert json.loads(found.stdout)["failed"] == 5
+    tied = run("tied")
+    assert tied.exit_code == 0 and "5 of 5 items are undecided: 5 tied" in tied.stderr

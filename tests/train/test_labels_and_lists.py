@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from tests.slow.learners import reading
 
 PAIRS = [(f"{n} {n} {n}>{3 * n}=", f"{n}+{n}+{n}", f"{n}*{n}-{n}") for n in range(2, 20)]
 DATA = {
@@ -29,9 +30,9 @@ def curve(run, name: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RISES)
+@pytest.mark.parametrize("name", sorted({*RISES, *reading("labels"), *reading("lists")} - {"implicit_prm"}))
 def test_its_metric_rises(name, train):
-    kind, metric, by = RISES[name]
+    kind, metric, by = RISES.get(name) or RISES["kto" if name in reading("labels") else "list_dpo"]
     settings = {"train.batch_size": 12, "learning_rate": 3e-3, "max_steps": 40}
     run = train(name, data=DATA[kind], name=name, **settings)
     values = curve(run, metric)

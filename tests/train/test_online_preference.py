@@ -1,13 +1,14 @@
 """The loop of the methods that compare the policy's own completions: sample, judge, pair, update."""
 
 import pytest
+from tests.slow.learners import comparing, drawn_by_policy
 
 from keel.core.errors import MethodError, TrainingError
 from keel.method import Method
 from keel.models.load import checksum
 from keel.recipes.registry import recipe_named
 
-RECIPES = ("online_dpo", "behaviour_dpo", "online_ipo", "inpo", "rebel", "sppo", "nash_md", "nash_mp")
+RECIPES = ("online_dpo", "did_dpo", "behaviour_dpo", "online_ipo", "inpo", "rebel", "sppo", "nash_md", "nash_mp")
 HERE = "tests.train.judging"
 
 
@@ -39,6 +40,37 @@ def test_snapshots_of_the_last_iteration(train):
     assert run.summary["steps"] == 3
 
 
+@pytest.mark.parametrize("recipe", ["nash_md", "nash_mp"])
+def test_opponents_are_drawn_by_whom_the_method_names(recipe, train, monkeypatch):
+    """Nash-MD asks for a mixture with the reference, Nash-MP for the target network alone; the policy plays all."""
+    from keel.train import written
+
+    asked = []
+    plain = written.written_rows
+
+    def noted(session, model, share, ids, count, **known):
+        rows = plain(session, model, share, ids, count, **known)
+        asked.append((model, share, count, len(rows)))
+        return rows
+
+    monkeypatch.setattr(written, "written_rows", noted)
+    run = train(recipe, opponents=3, reward=brief, max_steps=2, **{"rollout.num_generations": 4})
+    model, share = {"nash_md": ("ref", 0.125), "nash_mp": ("target", 1.0)}[recipe]
+    assert asked == [(model, share, 3, 12)] * 2
+    assert told(run, "num_rows") == [16.0, 16.0] and told(run, "win_rate/ess") == [1.0, 1.0]
+    assert max(told(run, "grad_norm")) > 0
+    weighted = train(recipe, opponents=0, reward=brief, max_steps=1, name="own", **{"rollout.num_generations": 4})
+    assert len(asked) == 2 and told(weighted, "grad_norm")[0] > 0
+
+
+def test_inpo_learns_from_completions_of_its_last_iteration(train):
+    """From step 3 on pi_t, and not the policy, has drawn both: what was drawn has its log-probability."""
+    run = train("inpo", every=2, max_steps=4, **{"rollout.num_generations": 4})
+    assert "rollout/logp_gap" not in run.metrics  # nothing is said of a sampler that is not the policy
+    assert run.config.method.rollout.written.model == "past" and run.summary["steps"] == 4
+    assert "rollout/logp_gap" in train("inpo", name="own", max_steps=1, **{"rollout.num_generations": 4}).metrics
+
+
 def test_the_same_seed_gives_the_same_weights(train):
     runs = [train("online_ipo", name=f"run{i}", **{"rollout.num_generations": 4}) for i in range(2)]
     assert checksum(runs[0].model) == checksum(runs[1].model)
@@ -55,10 +87,11 @@ def test_a_judge_in_a_worker_process(train):
     assert told(random, "judge/pairs")[-1] == 4 * 2  # asked for no more than these
 
 
-@pytest.mark.parametrize("recipe", ["sppo", "nash_md", "online_ipo"])
-def test_a_judge_serves_every_recipe(recipe, train):
+@pytest.mark.parametrize(("recipe", "pairs"), [("sppo", 24), ("nash_md", 4 * 4 * 4), ("online_ipo", 24)])
+def test_a_judge_serves_every_recipe(recipe, pairs, train):
+    """Four prompts with four completions: every two of them, or each with each of four opponents."""
     run = train(recipe, judge=f"{HERE}:shorter", **{"rollout.num_generations": 4, "max_steps": 1})
-    assert told(run, "judge/pairs")[-1] == 24 and told(run, "grad_norm")[-1] > 0
+    assert told(run, "judge/pairs")[-1] == pairs and told(run, "grad_norm")[-1] > 0
 
 
 @pytest.mark.parametrize(("judge", "said"), [("raises", "the judge is ill"), ("too_large", "2 is no probability")])
@@ -77,17 +110,32 @@ def test_two_judges_are_refused(train):
         train(method.adding(transforms={"more": other}), max_steps=1)
 
 
+SURE = {name: {"label_temperature": 0.0, "beta": 0.01} for name in ("nash_md", "nash_mp")}  # wins by a whole point
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name in comparing(own_judge=False) if drawn_by_policy(name)])
 def test_the_reward_rises(recipe, train):
     """The built-in model on countdown, 40 batches: the mean reward of the last ten is above that of the first ten."""
-    run = train(recipe, model="tiny", max_steps=40, learning_rate=3e-4, **{"rollout.num_prompts": 16})
+    known = {"rollout.num_prompts": 16, **SURE.get(recipe, {})}
+    run = train(recipe, model="tiny", max_steps=40, learning_rate=3e-4, **known)
     reward = told(run, "reward")
     assert sum(reward[-10:]) / 10 > sum(reward[:10]) / 10 + 0.01
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["self_rewarding", "cream"])
+def test_what_the_reference_draws_teaches_by_who_is_rejected(train):
+    """The reference draws all of it, so that the policy's own successes are measured apart: they become more."""
+    known = {"rollout.num_prompts": 16, "evaluate.before": True, "evaluate.after": True, "evaluate.num_prompts": 128}
+    run = train("did_dpo", model="tiny", max_steps=40, learning_rate=3e-4, label_temperature=0.2, **known)
+    before, after = (run.evaluations[phase].metrics["pass@1"].value for phase in ("before", "after"))
+    assert after > before + 0.01
+    margins = told(run, "rewards/margins")
+    assert sum(margins[-10:]) > sum(margins[:10])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", comparing(own_judge=True))
 def test_a_policy_moves_towards_what_it_scores_itself(recipe, train):
     """The chosen completion of its own pairs gains on the rejected one within an iteration."""
     run = train(recipe, model="tiny", max_steps=24, learning_rate=3e-4, every=24, **{"rollout.num_prompts": 16})
@@ -106,6 +154,57 @@ def test_self_rewarding_on_the_loop(recipe, train):
     if recipe == "cream":
         assert told(run, "pairs/consistency")[0] == 1.0  # both are the initial model
         assert all(0 <= c <= 1 for c in told(run, "pairs/consistency"))
+
+
+def test_past_and_future_on_the_loop(train, monkeypatch):
+    """Rounds of 2 x 2 batches: in their middle the policy is the round's model again, and its end is the next one's."""
+    from keel.train import online
+
+    seen = {}
+    plain = online.go_back
+
+    def noted(session):
+        plain(session)
+        step = session.position.step
+        models = {"policy": session.policy, **{n: session.sources[n].model for n in ("ref", "past", "future")}}
+        seen[step] = {name: checksum(model.module) for name, model in models.items()}
+        seen[step]["moments"] = len(session.optimiser.tensors()) > 0
+
+    monkeypatch.setattr(online, "go_back", noted)
+    run = train("temporal_self_rewarding", every=2, max_steps=8, **{"rollout.num_generations": 4})
+    first = seen[1]["ref"]
+    assert seen[1]["policy"] != first and seen[1]["past"] == seen[1]["future"] == first
+    assert seen[2]["policy"] == seen[2]["past"] == first != seen[2]["future"]
+    assert [seen[step]["moments"] for step in range(1, 9)] == [True, False, True, True, True, False, True, True]
+    assert seen[3]["policy"] != first and seen[3]["past"] == first
+    assert seen[4]["past"] == seen[4]["policy"] == seen[6]["policy"] == seen[6]["past"] != first
+    assert seen[6]["future"] != seen[2]["future"] and seen[8]["policy"] == checksum(run.model)
+    ahead = told(run, "pairs/ahead")
+    assert [ahead[i] for i in (0, 1, 4, 5)] == [0.0] * 4 and max(ahead[i] for i in (2, 3, 6, 7)) > 0
+    assert max(told(run, "pairs/anchored")) > 0 and min(told(run, "pairs/gap")) > 0
+
+
+def test_a_round_goes_on_where_it_was_broken_off(train):
+    """Between its two halves, and right after the policy has gone back."""
+    settings = {"every": 2, "max_steps": 4, "train.save_steps": 1, "rollout.num_generations": 3, "anchor": 2}
+    whole = train("temporal_self_rewarding", future=2, name="whole", **settings)
+    for cut in (2, 3):
+
+        def stop(event, facts, cut=cut):
+            if event == "step" and facts["step"] == cut + 1:
+                raise RuntimeError("power cut")
+
+        with pytest.raises(RuntimeError):
+            train("temporal_self_rewarding", future=2, name=f"cut{cut}", report=stop, **settings)
+        again = train("temporal_self_rewarding", future=2, name=f"cut{cut}", resume=True, **settings)
+        assert checksum(again.model) == checksum(whole.model)
+
+
+def test_a_run_that_ends_within_a_look_ahead_is_told(train):
+    texts = []
+    settings = {"every": 2, "max_steps": 1, "rollout.num_generations": 3}
+    train("temporal_self_rewarding", report=lambda event, facts: texts.append(str(facts.get("text"))), **settings)
+    assert any("take a multiple of that for train.max_steps" in text for text in texts)
 
 
 def test_rounds_with_past_and_future(base, tmp_path):

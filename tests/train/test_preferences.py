@@ -145,6 +145,18 @@ def test_metrics_of_a_step_are_those_of_the_definition(where, policy):
         assert first[f"logps/{side}"] == pytest.approx(total / len(PAIRS), abs=1e-4)
 
 
+def test_held_out_pairs_of_several_domains(where):
+    """What the two say of themselves is the mean of the whole, weighted by pairs; one domain is not told apart."""
+    rows = [{**row, "domain": "odd" if i % 2 else "even"} for i, row in enumerate(PAIRS)]
+    known = {"max_steps": 1, "evaluate.after": True, "task.held_out": 0.25}
+    values = dpo(where, data=rows, **known).evaluations["after"].values
+    for metric in ("rewards/accuracies", "rewards/margins"):
+        of = [[v for v in values[f"{metric}/{name}"] if v == v] for name in ("even", "odd")]
+        assert len(of[0]) + len(of[1]) == 6 and min(map(len, of)) > 0
+        assert sum(map(sum, of)) == pytest.approx(sum(values[metric]))
+    assert not any("/even" in name for name in dpo(where, name="one", **known).evaluations["after"].metrics)
+
+
 def test_held_out_pairs_are_measured_before_during_and_after(where):
     settings = {"evaluate.before": True, "evaluate.after": True, "train.eval_steps": 6, "task.held_out": 0.25}
     run = dpo(where, max_steps=12, **settings)

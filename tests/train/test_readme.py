@@ -26,6 +26,7 @@ def test_the_script_runs(tmp_path):
 def test_the_commands_run(tmp_path):
     text = README.read_text()
     commands = re.findall(r"^\$ (keel .*?)(?:  +#.*)?$", text, re.MULTILINE)
+    commands = [command for command in commands if command != "keel ui"]  # which serves until it is stopped
     assert len(commands) == 12
     for command in commands:
         arguments = [sys.executable, "-m", "keel.cli.main", *shlex.split(command)[1:]]

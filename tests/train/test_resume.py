@@ -33,11 +33,8 @@ def launch(base, runs, recipe, *flags):
     return subprocess.Popen([sys.executable, "-c", code, *flags], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-SLOW = {"grpo", "online_dpo", "reinforce"}  # ppo goes the same way, and has a critic
-EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(PARTS)]
-
-
-@pytest.mark.parametrize("recipe", EACH)
+@pytest.mark.slow  # forked runs, which begin faster, are killed in tests/promises
+@pytest.mark.parametrize("recipe", sorted(PARTS))
 def test_a_killed_run_ends_with_the_same_bits(recipe, base, tmp_path):
     whole = launch(base, tmp_path / "whole", recipe)
     killed = launch(base, tmp_path / "killed", recipe)
@@ -65,6 +62,7 @@ def test_a_killed_run_ends_with_the_same_bits(recipe, base, tmp_path):
     }
 
 
+@pytest.mark.slow  # as are forked runs in tests/promises
 def test_sigterm_writes_a_checkpoint_and_exits_143(base, tmp_path):
     runs = tmp_path / "runs"
     command = [

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tests.slow.learners import of_kind
 
 from keel.core.errors import ConfigError, UserError
 from keel.models.load import checksum
@@ -44,6 +45,7 @@ def cut_at(step):
 RECIPES = {
     "bradley_terry": {"centring": 0.01},
     "contrastive_rm": {"coef": 0.1},
+    "early_learning_rm": {"coef": 3.0},
     "meta_rm": {"rate": 0.1, "num_generations": 2},
     "preference_strength_rm": {"members": 1},
 }
@@ -59,6 +61,20 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(recipe, learn):
     assert checksum(again.model) == checksum(whole.model)
     files = [run.path / "reward_model" / name for run in (whole, again) for name in ("model.safetensors", "keel.json")]
     assert files[0].read_bytes() == files[2].read_bytes() and files[1].read_bytes() == files[3].read_bytes()
+
+
+def test_accuracy_is_told_by_domain_where_there_are_several(learn):
+    """Two data sets in one, one of them the wrong way round: an accuracy of each, which add up to that of all."""
+    turned = [{"prompt": p["prompt"] + " ", "chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS]
+    both = [{**p, "domain": "right"} for p in PAIRS] + [{**p, "domain": "turned"} for p in turned]
+    run = learn(data=both, max_steps=2, **{"task.held_out": 0.5})
+    found = run.evaluations["after"]
+    names = [name for name in found.metrics if name.startswith("accuracy/")]
+    assert names == ["accuracy/right", "accuracy/turned"]
+    of = {name: [v for v in found.values[name] if v == v] for name in names}
+    assert sum(map(len, of.values())) == found.prompts and min(map(len, of.values())) > 0
+    assert sum(map(sum, of.values())) == pytest.approx(sum(found.values["accuracy"]))
+    assert "accuracy/turned" in (run.path / "report.html").read_text()
 
 
 def test_what_is_written_gives_the_scores_of_the_last_evaluation(learn):
@@ -176,16 +192,16 @@ def test_the_weakest_pairs_are_the_planted_ones(learn, monkeypatch):
     assert len(set(lowest) & found["planted"]) > 0.9 * len(lowest)
 
 
+OWN = {  # settings, metric, where it goes
+    "contrastive_rm": ({"coef": 1.0}, "terms/contrast", -1),
+    "meta_rm": ({"rate": 0.1}, "meta/spread", 1),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "settings", "metric", "sign"),
-    [
-        ("bradley_terry", {}, "rewards/accuracies", 1),
-        ("contrastive_rm", {"coef": 1.0}, "terms/contrast", -1),
-        ("meta_rm", {"rate": 0.1}, "meta/spread", 1),
-    ],
-)
-def test_its_own_metric_moves_the_right_way(learn, recipe, settings, metric, sign):
+@pytest.mark.parametrize("recipe", of_kind("reward"))
+def test_its_own_metric_moves_the_right_way(learn, recipe):
+    settings, metric, sign = OWN.get(recipe, ({}, "rewards/accuracies", 1))
     run = learn(recipe, data=planted(), max_steps=40, **{"train.batch_size": 16}, **settings)
     values = [value for _, value in run.metrics[metric]]
     assert sign * (sum(values[-5:]) - sum(values[:5])) > 0

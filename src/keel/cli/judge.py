@@ -63,10 +63,11 @@ def judge(
 ) -> None:
     """Judge completions, and write preferences for `keel train dpo --data`.
 
-    Ties and what cannot be read go to PATH.undecided.jsonl, and are counted.
+    Ties and what cannot be read go to PATH.undecided.jsonl, and are counted. Where the judge has not scored a single
+    item the command fails.
     """
     from keel.cli.show import print_facts, quiet_or_bars
-    from keel.core.errors import ConfigError
+    from keel.core.errors import ConfigError, RewardError
     from keel.train.judging import judge as label
 
     question = None
@@ -99,3 +100,6 @@ def judge(
     )
     report("done", {})
     print_facts(facts, as_json)
+    if facts["items"] and facts["failed"] + facts["unparsable"] == facts["items"]:
+        fix = f"The reasons are above, and in {path}.undecided.jsonl. Remove both files before you judge again."
+        raise RewardError(f"the judge has scored none of the {facts['items']:.0f} items", str(path), fix)

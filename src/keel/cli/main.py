@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keel.cli import cold, explain, judge
+from keel.cli import cold, compare, explain, judge, papers, ui
 from keel.cli.drawing import besides, commands, newlines, run_frontier
 from keel.cli.options import (
     BesideModel,
@@ -43,10 +43,13 @@ app = typer.Typer(
 )
 methods_app = typer.Typer(invoke_without_command=True, help="List the recipes, or show the composition of one.")
 app.add_typer(methods_app, name="methods")
+app.add_typer(papers.papers_app, name="papers")
 app.add_typer(commands)
 app.add_typer(explain.commands)
 app.add_typer(cold.commands)
 app.add_typer(judge.commands)
+app.add_typer(compare.commands)
+app.add_typer(ui.commands)
 
 
 @app.command()

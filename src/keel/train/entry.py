@@ -141,7 +141,7 @@ def evaluate(
         "limits": evaluation_limits(opened, None, policy.context_length, length),
         "encoder": Encoder(policy),
         "max_completion_length": length,
-        "seed": counter_seed(seed, "evaluate"),
+        "seed": counter_seed(seed if chosen.draw_seed is None else chosen.draw_seed, "evaluate"),
         "progress": lambda done, total: report("progress", {"done": done, "total": total}),
     }
     try:

@@ -81,6 +81,12 @@ def check_episodes(method: Method, task: Task) -> None:
                 "rollout.extra",
                 f"Leave them out, or take another task than '{task.name}'.",
             )
+        if rollout is not None and rollout.writers:
+            raise ConfigError(
+                "other models write single completions, and this task has several turns",
+                "rollout",
+                f"Take a recipe whose completions are the policy's own, or another task than '{task.name}'.",
+            )
         return
     for name in ("max_turns", "max_turn_length"):
         if rollout is not None and getattr(rollout, name) is not None:

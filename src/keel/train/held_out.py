@@ -12,6 +12,7 @@ from keel.core.policy import PolicyModel
 from keel.core.rows import Rows
 from keel.evaluate.evaluation import Evaluation
 from keel.evaluate.intervals import mean_interval
+from keel.evaluate.reward_models import by_domain
 from keel.parts.replay.streams import split
 from keel.parts.terms.pairs import PairLoss
 from keel.parts.terms.penalties import Summand
@@ -26,6 +27,7 @@ from keel.train.session import Session
 
 INITIAL = "initial"  # the name here of what the policy's movement is measured against
 COUPLED = 8  # preferences that losses which couple a batch see together
+BY_DOMAIN = ("rewards/accuracies", "rewards/margins")
 TOGETHER = 64  # preferences whose statistics are measured in one go
 
 
@@ -44,6 +46,8 @@ def measure_preferences(
         displacement/rejected   the same of all others
         kl/held_out             KL(pi || pi_0) over the vocabulary, mean over the tokens of these completions, in nats
 
+    Pair losses on data of several domains also report `rewards/accuracies/NAME` and `rewards/margins/NAME` of each.
+
     Args:
         session: whose policy, method and preferences.
         reference: pi_0; None leaves out what is measured against it.
@@ -52,12 +56,13 @@ def measure_preferences(
     Returns:
         None where nothing is held out.
     """
-    held = session.preferences.held_out if session.preferences is not None else ()
+    held = session.preferences.held_out[session.config.evaluate.skip :] if session.preferences is not None else ()
     count = min(session.config.evaluate.num_prompts, len(held))
     if not count:
         return None
     found: dict[str, list[float]] = {}
     places: list[int] = []
+    domains: list[str] = []
     assert session.preferences is not None
     limit = session.config.train.max_length or session.policy.context_length
     known = (session.preferences.kind, session.encoder, limit, session.config.seed, 0)
@@ -71,11 +76,15 @@ def measure_preferences(
         if session.method.reads_gold:
             rows, _ = with_gold(rows, [some[i] for i in cut.kept], *known[1:])
         places += [some[i].index for i in cut.kept]
+        domains += [some[i].domain for i in cut.kept]
         for name, numbers in _measured(session, rows.to(session.policy.device), reference, coupled).items():
             found.setdefault(name, []).extend(numbers)
         if progress is not None:
             progress(int(places_[-1]) + 1, count)
     seed = session.config.seed
+    for name in BY_DOMAIN:
+        if len(found.get(name, ())) == len(domains):
+            found |= {n: v.tolist() for n, v in by_domain(name, np.asarray(found[name]), domains).items()}
     return Evaluation(
         metrics={name: mean_interval(np.asarray(numbers), seed=seed) for name, numbers in found.items()},
         values={name: tuple(numbers) for name, numbers in found.items()},

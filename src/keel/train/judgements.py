@@ -14,6 +14,7 @@ from keel.tasks.task import Text, completion_text
 
 Ties = Literal["apart", "half"]
 KEY = "judged"  # column of every line that is written: which item it is
+SHOWN = 160  # characters of a judge's words on the screen
 _OWN = ("prompt", "completion", "completions", "chosen", "rejected", "scores", "score_chosen", "score_rejected", KEY)
 
 
@@ -54,13 +55,36 @@ class Judged:
 
 @dataclass
 class Counts:
-    """How many items ended up where, by name."""
+    """How many items ended up where, by name; and why undecided ones are, in the judge's own words.
+
+    Args:
+        known: numbers by name.
+        said: of each reason why there is no score, how often the judge said what of it.
+    """
 
     known: dict[str, int] = field(default_factory=dict)
+    said: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add(self, name: str, count: int = 1) -> None:
         """One more, or several."""
         self.known[name] = self.known.get(name, 0) + count
+
+    def note(self, judged: Judged) -> None:
+        """Why an item has no score."""
+        words = " ".join(judged.said[0].split()) if judged.said else ""
+        known = self.said.setdefault(judged.reason, {})
+        shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
+        known[shown] = known.get(shown, 0) + 1
+
+    def undecided(self) -> str:
+        """In one sentence how many items are undecided, and why; nothing where none is."""
+        parts = [f"{self.known['ties']} tied"] if self.known.get("ties") else []
+        for reason, known in self.said.items():
+            words, times = max(known.items(), key=lambda item: item[1])
+            told = f", {times} of them with" if words and len(known) > 1 else ": the judge said" if words else ""
+            parts.append(f"{sum(known.values())} {reason}{told}{f' {words!r}' if words else ''}")
+        count = self.known.get("ties", 0) + sum(n for known in self.said.values() for n in known.values())
+        return f"{count} of {self.known['items']} items are undecided: {'; '.join(parts)}" if parts else ""
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -160,6 +184,8 @@ def write(
         tied = not sure and judged.scores is not None
         (decided if sure or ("probability" in line and tied) else apart).append(line)
         counts.add("decided" if sure else "ties" if tied else judged.reason)
+        if judged.scores is None:
+            counts.note(judged)
         if item.ordered and sure:
             counts.add("ordered")
             counts.add("agrees", int(completion_text(line["chosen"]) == completion_text(item.completions[0])))

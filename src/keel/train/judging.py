@@ -125,6 +125,8 @@ def judge(
     finally:
         if (close := getattr(function, "close", None)) is not None:
             close()
+    if said := counts.undecided():
+        report("warning", {"text": f"{said} ({target.name}.undecided.jsonl)"})
     return _summary(counts)
 
 

@@ -35,6 +35,7 @@ from keel.train.checkpoint import (
 from keel.train.configuration import Configuration, differences, read_file
 from keel.train.episodes import evaluation_limits
 from keel.train.held_out import beside, measure_preferences
+from keel.train.limits import is_over
 from keel.train.measure import measure_policy
 from keel.train.online import run
 from keel.train.reward_model import check_reward_model, measure_reward_model, write_reward_model
@@ -43,6 +44,10 @@ from keel.train.setup import IN_MEMORY, Setup, load_model
 from keel.train.strengths import measure_strengths
 from keel.train.tracking import check_trackers, tracked
 from keel.train.watch import Watch
+
+
+class RunBusy(RunError):
+    """Another process is working on the run."""
 
 
 class Stopped(KeelError):
@@ -207,7 +212,7 @@ def _carry_out(setup: Setup, session: Session, report: Reporter) -> Run:
             {"name": "train", "steps": config.train.max_steps, "start": session.position.step, "text": config.name},
         )
         run(session)
-    if session.position.step < config.train.max_steps:
+    if not is_over(session):
         raise Stopped(f"stopped at step {session.position.step}; continue with --resume", str(path))
     save_checkpoint(session)
     if config.method.kind == "reward":
@@ -223,14 +228,15 @@ def _measure(session: Session, setup: Setup, phase: str, report: Reporter) -> Ev
     if config.method.kind == "reward":
         return _measure_comparisons(session, phase, report)
     rewards = session.rewards or reward_functions(config.task, session.task, setup.rewards)
-    sampled, compared = bool(rewards and len(session.task.held_out)), session.preferences is not None
+    held_out = len(session.task.held_out) - config.evaluate.skip
+    sampled, compared = bool(rewards and held_out > 0), session.preferences is not None
     if not sampled and not compared:
         return None
     rollout = config.method.rollout
     length = config.evaluate.max_completion_length or (
         rollout.max_completion_length if rollout is not None else session.task.max_completion_length
     )
-    count = min(config.evaluate.num_prompts, len(session.task.held_out))
+    count = min(config.evaluate.num_prompts, held_out)
     report("phase", {"name": phase, "steps": count, "text": f"measuring {phase} training"})
     session.begun = None  # the step before this is done
 
@@ -251,7 +257,7 @@ def _measure(session: Session, setup: Setup, phase: str, report: Reporter) -> Ev
             config.evaluate,
             encoder=session.encoder,
             max_completion_length=length,
-            seed=counter_seed(config.seed, "evaluate"),
+            seed=counter_seed(config.seed if (drawn := config.evaluate.draw_seed) is None else drawn, "evaluate"),
             reference=origin,
             generator=config.train.generator,
             max_tokens=session.engine.max_tokens,
@@ -401,7 +407,7 @@ def _only_one(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError(
+            raise RunBusy(
                 "another process is working on this run", str(path), "Wait for it, or choose another --name."
             ) from None
         yield

@@ -35,36 +35,14 @@ def measure_policy(
     rewards: Mapping[str, RewardFunction],
     settings: EvaluateSettings,
     *,
-    encoder: Encoder,
-    max_completion_length: int,
     seed: int,
-    reference: PolicyModel | None = None,
-    generator: str = "auto",
-    max_tokens: int = 16384,
-    progress: Callable[[int, int], None] | None = None,
-    hidden: Mapping[str, RewardFunction] | None = None,
-    limits: Limits | None = None,
+    **known: Any,
 ) -> Evaluation:
     """avg@k, pass@k, maj@k, entropy, KL to the reference and lengths on the first held-out prompts.
 
     The arguments are those of `draw`.
     """
-    samples = draw(
-        policy,
-        task,
-        rewards,
-        settings,
-        encoder=encoder,
-        max_completion_length=max_completion_length,
-        seed=seed,
-        reference=reference,
-        generator=generator,
-        max_tokens=max_tokens,
-        progress=progress,
-        hidden=hidden,
-        limits=limits,
-    )
-    return assessed(samples, settings, seed)
+    return assessed(draw(policy, task, rewards, settings, seed=seed, **known), settings, seed)
 
 
 def assessed(samples: Samples, settings: EvaluateSettings, seed: int) -> Evaluation:
@@ -156,7 +134,8 @@ def draw(
         hidden: functions that are measured and are no part of the reward.
         limits: of episodes, on a task of several turns; None takes the task's.
     """
-    examples: Sequence[Example] = [task.held_out[i] for i in range(min(settings.num_prompts, len(task.held_out)))]
+    places = range(settings.skip, min(settings.skip + settings.num_prompts, len(task.held_out)))
+    examples: Sequence[Example] = [task.held_out[i] for i in places]
     sampling = Sampling(settings.temperature, None, settings.top_p, None, max_completion_length)
     n = settings.num_generations
     models: dict[str, PolicyModel] = {"policy": policy} | ({} if reference is None else {"ref": reference})

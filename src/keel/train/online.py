@@ -6,40 +6,34 @@
                              -> step
     observe, once a batch:   parts with memory, controllers and moving models read what happened
 
-Data from files enters after the rollout: its rows come from `given_batch`, all else is the same code.
+Data from files enters after the rollout: its rows come from `given_batch` (given.py), all else is the same code.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from keel.core.aggregate import Groups
 from keel.core.choice import generator
-from keel.core.errors import DataError, TrainingError
+from keel.core.errors import TrainingError
 from keel.core.rows import Rows, Stream, cat
 from keel.models.heads import follow
 from keel.models.load import frozen_copy, is_out_of_memory, out_of_memory
-from keel.parts.replay.memory import joined
 from keel.parts.rewards.score import score
 from keel.rollouts.episodes import Played
 from keel.statistics.functionals import Entropy, Functional, LogProb
 from keel.statistics.stats import Stats
-from keel.tasks.environment import InteractiveTask
-from keel.tasks.preferences import GOLD
-from keel.tasks.task import Example, Text, completion_text
+from keel.tasks.task import Example, Text
 from keel.train.ahead import ahead
+from keel.train.batch import Batch, next_examples
 from keel.train.checkpoint import keep_batch, save_checkpoint
-from keel.train.degraded import with_degraded
-from keel.train.distillation import taught_metrics, taught_rows
-from keel.train.encode import Truncated, demonstration_rows, supervised_rows
-from keel.train.episodes import demonstrations
-from keel.train.gold import with_gold
-from keel.train.mismatched import with_mismatched
+from keel.train.given import given_batch
+from keel.train.going_back import check_rounds, go_back
+from keel.train.limits import budget_spent, is_over, overshoot
 from keel.train.observe import (
     HIDDEN,
     batch_metrics,
@@ -49,37 +43,20 @@ from keel.train.observe import (
     update_metrics,
 )
 from keel.train.pairwise import with_judgements
-from keel.train.phrases import with_phrases
 from keel.train.precomputed import frozen_statistics, precompute
-from keel.train.preferences import preference_rows, report_cuts
 from keel.train.preview import step_within
 from keel.train.references import with_references
-from keel.train.replay import begin, beside, left, remember
+from keel.train.replay import begin, beside, remember
 from keel.train.session import Session
 from keel.train.strategies import Judge, distinct, draw_rows, tokens_drawn
 from keel.train.symptoms import ratio_metrics
-from keel.train.twins import twin_column, twin_rows
 from keel.train.watch import Watch
 
 PATIENCE = 3  # skipped updates in a row that end a run
 
 
-@dataclass
-class Batch:
-    """What `prepare` hands to `update`."""
-
-    rows: Rows
-    frozen: Stats
-    metrics: dict[str, float]
-    texts: list[tuple[Text, str]] = field(default_factory=list)  # prompt and completion of each row
-    seen: tuple[Tensor, Stats] | None = None  # rows of the first update, and its statistics
-    by_token: dict[str, Tensor] = field(default_factory=dict)  # what it did to each token, on steps that are stored
-    fresh: Rows | None = None  # the rows that were drawn, as they were scored
-    replayed: dict[str, Tensor] = field(default_factory=dict)  # groups of each memory that stand beside them
-
-
 def run(session: Session) -> None:
-    """Train until `max_steps`, from wherever the session stands; checkpoints and metrics are written on the way.
+    """Train until a limit is reached, from wherever the session stands; checkpoints and metrics are written on the way.
 
     Raises:
         TrainingError: three updates in a row were non-finite, or no rollout gave a usable group.
@@ -87,10 +64,12 @@ def run(session: Session) -> None:
     train = session.config.train
     started = time.monotonic() - session.position.seconds
     begin(session)
+    check_rounds(session)
     precompute(session)
-    while session.position.step < train.max_steps and not session.stopping():
+    while not is_over(session) and not session.stopping():
         begun = time.monotonic()
         session.begin_step()
+        session.optimiser.spent = budget_spent(session)
         control(session)
         batch = prepare(session)
         metrics = batch.metrics | update(session, batch)
@@ -99,11 +78,14 @@ def run(session: Session) -> None:
         metrics["step_time"] = time.monotonic() - begun
         session.position.seconds = time.monotonic() - started
         record(session, batch, metrics)
-        unfinished = session.position.step < train.max_steps
+        unfinished, done = not is_over(session), time.monotonic()
         if unfinished and session.measure is not None and due(session.position.step, train.eval_steps):
             session.measure("during")
         if unfinished and session.path is not None and due(session.position.step, train.save_steps):
             save_checkpoint(session)
+        started += time.monotonic() - done  # measuring and saving are no training
+    if (text := overshoot(session)) is not None:
+        session.report("note", {"text": text})
 
 
 def due(step: int, every: int) -> bool:
@@ -218,141 +200,12 @@ def score_round(
     return rows, said, scores.failed.to(rows.device) | unjudged, metrics
 
 
-def next_examples(session: Session, count: int, data: Sequence[Any] | None = None) -> list[Any]:
-    """The next prompts, in an order that the seed decides for each pass over the data: the task's, or those given."""
-    examples = session.task.train if data is None else data
-    size = len(examples)
-    if not size:
-        raise DataError("there are no examples to train on", session.task.name)
-    gone = left(session)
-    if len(gone) >= size:
-        raise TrainingError("every prompt has left the ones to train on", session.task.name, "Set leave=false.")
-    out: list[Any] = []
-    while len(out) < count:
-        epoch, i = divmod(session.position.drawn, size)
-        example = examples[_order(session, size, epoch)[i]]
-        out += [] if example.index in gone else [example]
-        session.position.drawn += 1
-    return out
-
-
-def _order(session: Session, size: int, epoch: int) -> list[int]:
-    if session.order is None or session.order[0] != epoch:
-        order = torch.randperm(size, generator=generator(session.config.seed, "order", epoch)).tolist()
-        session.order = (epoch, order)
-    return session.order[1]
-
-
 def tied_rows(rows: Rows) -> Tensor:
     """Rows of groups whose main rows all have the same rewards; a group without any is none of these."""
     assert rows.reward is not None
     total = torch.nansum(rows.reward, 1)
     groups = Groups.of(rows)
     return groups.broadcast(groups.tied(total) & (groups.sum(groups.weight) > 0))
-
-
-def given_batch(session: Session) -> Batch:
-    """The next rows without rewards: preferences for methods that compare completions, drawn ones for a distillation
-    with a rollout, given completions for all others.
-    """
-    if session.preferences is not None:
-        return prepare_preferences(session)
-    drawn = session.method.kind == "distillation" and session.method.rollout is not None
-    return prepare_taught(session) if drawn else prepare_supervised(session)
-
-
-def prepare_taught(session: Session) -> Batch:
-    """The next completions of the policy, or of who writes for it, and in place of some those that are given."""
-    rollout, position = session.method.rollout, session.position
-    assert rollout is not None
-    count = 0 if rollout.given is None else rollout.given.count(rollout.num_prompts, session.config.seed, position.step)
-    parts = [prepare_supervised(session, count)] if count else []
-    if count < rollout.num_prompts:
-        begun = time.monotonic()
-        examples = next_examples(session, rollout.num_prompts - count)
-        rows = taught_rows(session, examples)
-        shown = zip(rows.tokens.cpu(), rows.present.cpu(), strict=True)
-        texts = [session.encoder.decode(row[present].tolist()) for row, present in shown]
-        said = [(examples[i].prompt, text) for i, text in zip(rows.group.tolist(), texts, strict=True)]
-        position.tokens += int(rows.mask.sum())
-        if count:  # what the given rows lack cannot be compared
-            rows = rows.with_(logp={}, group=rows.group + count)
-        parts.append(Batch(rows, Stats(), {"time/rollout": time.monotonic() - begun}, said))
-    rows = joined([part.rows.to(session.policy.device) for part in parts])
-    metrics = {name: value for part in parts for name, value in part.metrics.items()}
-    return Batch(rows, Stats(), metrics | taught_metrics(rows), [text for part in parts for text in part.texts])
-
-
-def prepare_preferences(session: Session) -> Batch:
-    """The next prompts with all completions that were compared."""
-    assert session.preferences is not None
-    train, position = session.config.train, session.position
-    drawn = next_examples(session, train.batch_size, session.preferences.train)
-    limit = train.max_length or session.policy.context_length
-    known = (session.preferences.kind, session.encoder, limit, session.config.seed, position.step)
-    rows, cut = preference_rows(drawn, *known)
-    rows = with_phrases(rows, [drawn[i] for i in cut.kept], session.encoder)
-    texts = [(drawn[i].prompt, completion_text(completion)) for i in cut.kept for completion in drawn[i].completions]
-    if session.method.reads_gold:
-        rows, cut_gold = with_gold(rows, [drawn[i] for i in cut.kept], *known[1:])
-        texts += [(drawn[i].prompt, completion_text(drawn[i].columns[GOLD])) for i in cut.kept]
-        cut = replace(cut, completions=cut.completions + cut_gold)
-    batch = _given(session, rows, cut, texts)
-    batch.metrics.update(report_cuts(session, cut, len(texts), limit))
-    batch.rows = with_degraded(session, batch.rows, texts)
-    return replace(batch, rows=with_mismatched(batch.rows, limit)) if session.method.reads_mismatched else batch
-
-
-def prepare_supervised(session: Session, count: int | None = None) -> Batch:
-    """The next rows of given completions; those of the task's own solutions where it can make them.
-
-    Args:
-        count: how many; None takes `train.batch_size`.
-    """
-    train, position = session.config.train, session.position
-    examples = next_examples(session, count or train.batch_size)
-    limit = train.max_length or session.policy.context_length
-    if isinstance(session.task, InteractiveTask):
-        shown = demonstrations(session.task, examples, position.drawn - len(examples))
-        known = (session.task.turn_ends, limit, session.config.seed, position.step)
-        rows, cut = demonstration_rows(examples, shown, session.encoder, *known)
-        texts = [(e.prompt, "".join(text for text, _ in pieces)) for e, pieces in zip(examples, shown, strict=True)]
-        return _given(session, rows, cut, texts)
-    completions: list[Text] = []
-    for i, example in enumerate(examples):
-        text = example.completion if example.completion is not None else None
-        if text is None:
-            text = session.task.solution(example, position.drawn - len(examples) + i)
-        if text is None:
-            raise DataError(
-                "has no completion to learn from",
-                f"{session.task.name}, example {example.index}",
-                "Give `prompt` and `completion`, or `messages` that end with the assistant's.",
-            )
-        completions.append(text)
-    encoded = (session.encoder, limit, session.config.seed, position.step)
-    if (column := twin_column(session.method)) is not None:
-        rows, cut = twin_rows(examples, completions, column, *encoded)
-    else:
-        rows, cut = supervised_rows(examples, completions, *encoded)
-    texts = [
-        (e.prompt, c if isinstance(c, str) else str(c[-1]["content"]))
-        for e, c in zip(examples, completions, strict=True)
-    ]
-    return _given(session, rows, cut, texts)
-
-
-def _given(session: Session, rows: Rows, cut: Truncated, texts: list[tuple[Text, str]]) -> Batch:
-    """A batch of rows that were not drawn."""
-    if not bool(rows.mask.any()):
-        raise DataError("no completion has a token to learn from", session.task.name, "Raise train.max_length.")
-    session.position.tokens += int(rows.mask.sum())
-    metrics = {
-        "truncated/prompts": float(cut.prompts),
-        "truncated/completions": float(cut.completions),
-        "completions/mean_length": float(rows.lengths.float().mean()),
-    }
-    return Batch(rows, Stats(), metrics, texts)
 
 
 # -- update ----------------------------------------------------------------------------------------------------------
@@ -492,6 +345,7 @@ def observe(session: Session, batch: Batch, metrics: dict[str, float]) -> None:
         remember(session, batch.fresh, batch.replayed, metrics)
     for source in session.sources.values():
         source.update(session.position.step)
+    go_back(session)
     follow(session.method.heads, session.heads)
 
 

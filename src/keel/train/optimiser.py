@@ -16,7 +16,8 @@ class Optimiser:
         policy: trained parameters of the policy by name.
         heads: those of the method's heads by name.
         settings: learning rates, betas, schedule, clipping.
-        updates: optimiser steps of the whole run, for the schedule.
+        updates: optimiser steps of the whole run, for the schedule. Where something else ends the run, `spent` says how
+            much of that is used up, and the schedule is as far as the further of the two.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Optimiser:
     ):
         self.names = {**policy, **{f"heads.{name}": p for name, p in heads.items()}}
         self.settings, self.updates, self.count = settings, updates, 0
+        self.spent = 0.0
         critic = settings.learning_rate if settings.critic_learning_rate is None else settings.critic_learning_rate
         groups = [{"params": list(policy.values()), "base": settings.learning_rate}]
         if heads:
@@ -58,7 +60,7 @@ class Optimiser:
             return (update + 1) / s.warmup_steps
         if s.lr_scheduler == "constant":
             return 1.0
-        way = min(1.0, (update - s.warmup_steps) / max(1, self.updates - s.warmup_steps))
+        way = min(1.0, max(self.spent, (update - s.warmup_steps) / max(1, self.updates - s.warmup_steps)))
         shape = 1 - way if s.lr_scheduler == "linear" else (1 + math.cos(math.pi * way)) / 2
         return s.lr_final + (1 - s.lr_final) * shape
 
@@ -80,6 +82,10 @@ class Optimiser:
         """Forget the policy's gradients: the next update is of the heads alone, and leaves no trace in its moments."""
         for parameter in self.inner.param_groups[0]["params"]:
             parameter.grad = None
+
+    def forget(self) -> None:
+        """Begin anew with its moments; the schedule goes on."""
+        self.inner.state.clear()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -1,7 +1,7 @@
 """What a judge of pairs says of the completions of a batch."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,20 +53,24 @@ def with_judgements(
         return rows, failed, {}
     own = rows.to("cpu")
     place, width = _places(own)
-    every = any(getattr(item, "how", "all") != "random" for _, item in session.method.parts() if _asks(item))
-    first, second = rows_to_compare(own, "all" if every else "random")
+    asking = [item for _, item in session.method.parts() if _asks(item)]
+    asked = list(dict.fromkeys("beside" if getattr(i, "drawn", False) else getattr(i, "how", "all") for i in asking))
+    within: Literal["all", "random"] = "random" if set(asked) <= {"random", "beside"} else "all"
+    found = [rows_to_compare(own, "beside")] if "beside" in asked else []
+    found += [rows_to_compare(own, within)] if set(asked) - {"beside"} else []
+    first, second = (torch.cat(side) for side in zip(*found, strict=True))
     one, other = torch.cat([first, second]).tolist(), torch.cat([second, first]).tolist()
     shown = {name: [values[i] for i in one] for name, values in columns.items()}
     shown |= {"firsts": [completions[i] for i in one], "seconds": [completions[i] for i in other]}
     ids = [completion_ids[i] for i in one]
     group = own.group[torch.tensor(one, dtype=torch.long)]
-    found = score({"judge": session.judge}, [prompts[i] for i in one], shown["firsts"], ids, shown, group)
-    said = found.values[:, 0].double()
+    answers = score({"judge": session.judge}, [prompts[i] for i in one], shown["firsts"], ids, shown, group)
+    said = answers.values[:, 0].double()
     wrong = ~said.isnan() & ((said < 0) | (said > 1))
-    guilty = group[found.failed | wrong].unique()
+    guilty = group[answers.failed | wrong].unique()
     if len(guilty):
         reason = f"{float(said[wrong][0]):g} is no probability" if bool(wrong.any()) else ""
-        reason = reason or "; ".join(found.messages.get("judge", [])[:1])
+        reason = reason or "; ".join(answers.messages.get("judge", [])[:1])
         text = f"the judge failed for {len(guilty)} groups, which are left out: {reason}"
         session.report("warning", {"text": text})
     count = len(first)

@@ -91,7 +91,7 @@ def precompute(session: "Session") -> None:
     Raises:
         ConfigError: batches have rows beside those of the data.
     """
-    from keel.train.online import given_batch
+    from keel.train.given import given_batch
 
     if not session.config.train.precompute_reference or session.precomputed is not None:
         return

@@ -1,7 +1,6 @@
 """What completions of the reference earn at the prompts of a batch, for rewards that are held against them."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 from keel.core.choice import counter_seed
 from keel.core.errors import ConfigError, DataError
 from keel.core.rows import Rows
-from keel.models.adapters import AdapterView
-from keel.models.language import LanguageModel
 from keel.parts.rewards.score import score
 from keel.parts.rewards.shaping import REFERENCES
 from keel.parts.rewards.transforms import WeightedSum
@@ -20,6 +17,7 @@ from keel.rollouts.choose import choose_generator
 from keel.tasks.environment import InteractiveTask
 from keel.tasks.task import Example
 from keel.train.draws import reply
+from keel.train.written import writer
 
 if TYPE_CHECKING:
     from keel.train.session import Session
@@ -80,7 +78,7 @@ def _measured(session: "Session", item: Any, examples: list[Example]) -> dict[in
     encoder, number = session.encoder, [example.index for example in examples]
     ids = [encoder.prompt(example.prompt) for example in examples]
     seed = counter_seed(session.config.seed, REFERENCES)
-    with _writer(source) as model:
+    with writer(source, f"models.{item.against}") as model:
         drawing = choose_generator(model, session.config.train.generator)
         rows = drawing.generate(ids, item.references, rollout.sampling, seed=seed, step=0, data_index=number)
     session.position.tokens += int(rows.mask.sum())
@@ -92,22 +90,6 @@ def _measured(session: "Session", item: Any, examples: list[Example]) -> dict[in
     found = score(session.rewards, [e.prompt for e in owners], replies, tokens, columns, rows.group)
     total = torch.where(found.failed, torch.nan, _total(session, found.values.double()))
     return {e.index: total[rows.group.cpu() == i].tolist() for i, e in enumerate(examples)}
-
-
-@contextmanager
-def _writer(source: Any) -> Iterator[LanguageModel]:
-    """A reference as a language model; a view of the policy's base is the policy with its adapters off."""
-    if isinstance(source, AdapterView):
-        with source.active():
-            yield source.model
-    elif isinstance(source, LanguageModel):
-        yield source
-    else:
-        raise ConfigError(
-            f"{type(source).__name__} cannot write completions",
-            "models.ref",
-            "Give the data a column `reference_rewards`, or set references=0.",
-        )
 
 
 def _total(session: "Session", values: Float[Tensor, "B K"]) -> Float[Tensor, "B"]:

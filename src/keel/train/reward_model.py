@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from keel.core.choice import counter_seed
@@ -60,41 +60,49 @@ def check_reward_model(method: Method, policy: LanguageModel) -> None:
 
 
 @torch.no_grad()
-def score_preferences(session: Session, some: Sequence[Preference]) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-    """Scores of the chosen and of the rejected completion of every pair, by the live model."""
+def score_preferences(
+    session: Session, some: Sequence[Preference]
+) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"], Int[Tensor, "N"]]:
+    """Scores of the chosen and of the rejected completion of every pair, by the live model; and the place in `some` of
+    the preference that it is of, for those that are left out (see `preference_rows`) have none.
+    """
     assert session.preferences is not None
     score, limit = scored_by(session.method), session.config.train.max_length or session.policy.context_length
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, len(some), BATCH):
         drawn = [some[i] for i in range(start, min(start + BATCH, len(some)))]
-        rows, _ = preference_rows(drawn, session.preferences.kind, session.encoder, limit, session.config.seed, 0)
+        rows, cut = preference_rows(drawn, session.preferences.kind, session.encoder, limit, session.config.seed, 0)
         rows = rows.to(session.policy.device)
         stats: Stats = session.engine.measure(score.needs, rows)
         chosen, rejected = sides(rows, stats, pairs_of(rows))
-        found.append((score(chosen).cpu(), score(rejected).cpu()))
-    return torch.cat([a for a, _ in found]), torch.cat([b for _, b in found])
+        owner = start + torch.tensor(cut.kept)[rows.group[chosen.index].cpu()]
+        found.append((score(chosen).cpu(), score(rejected).cpu(), owner))
+    first, second, owners = (torch.cat(column) for column in zip(*found, strict=True))
+    return first, second, owners
 
 
 def measure_reward_model(session: Session, progress: Callable[[int, int], None] | None = None) -> Evaluation | None:
-    """Accuracy and calibration on the held-out comparisons; None where there are none."""
+    """Accuracy (of each domain where there are several) and calibration on held-out comparisons; None without any."""
     assert session.preferences is not None
-    held_out = session.preferences.held_out
+    held_out = session.preferences.held_out[session.config.evaluate.skip :]
     some = [held_out[i] for i in range(min(session.config.evaluate.num_prompts, len(held_out)))]
-    chosen, rejected, numbers = [], [], []
+    chosen, rejected, owners = [], [], []
     for i in range(0, len(some), BATCH):
-        part = some[i : i + BATCH]
-        first, second = score_preferences(session, part)
+        first, second, owner = score_preferences(session, some[i : i + BATCH])
         chosen.append(first.double().numpy())
         rejected.append(second.double().numpy())
-        numbers += [p.index for p in part] if len(first) == len(part) else [-1] * len(first)
+        owners += [some[i + place] for place in owner.tolist()]
         if progress is not None:
             progress(min(i + BATCH, len(some)), len(some))
     if not some or not sum(map(len, chosen)):
         return None
     both = np.concatenate(chosen), np.concatenate(rejected)
-    shown = _shown(some[:SHOWN], *both) if -1 not in numbers else []
+    numbers = [preference.index for preference in owners]
+    whole = [preference.index for preference in some] == numbers  # one pair of each
+    shown = _shown(some[:SHOWN], *both) if whole else []
     seed = counter_seed(session.config.seed, "evaluate")
-    return comparison_evaluation(*both, index=numbers, completions=shown, seed=seed)
+    domains = [preference.domain for preference in owners]
+    return comparison_evaluation(*both, index=numbers, completions=shown, seed=seed, domains=domains)
 
 
 def _shown(some: Sequence[Preference], chosen: np.ndarray, rejected: np.ndarray) -> list[Completion]:

@@ -55,6 +55,7 @@ class TaskSettings(Section):
             replace the task's own.
         reward_timeout: seconds for one call.
         system_prompt: put before every prompt, for models with a chat template.
+        split_seed: decides which of the data are held out; None takes the run's seed.
     """
 
     name: str | None = None
@@ -65,17 +66,21 @@ class TaskSettings(Section):
     hidden: tuple[str, ...] = ()
     reward_timeout: float = Field(60.0, gt=0)
     system_prompt: str | None = None
+    split_seed: int | None = Field(None, ge=0)
 
 
 class TrainSettings(Section):
     """The optimiser and the loop.
 
     Args:
-        max_steps: batches.
+        max_steps: batches at most.
+        max_train_tokens: end with the step that brings the completion tokens drawn or read to this; None is no limit.
+        max_train_seconds: end with the step that brings the time spent on training to this; None is no limit.
         learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
         critic_learning_rate: of the heads; None takes the policy's.
         critic_warmup_steps: first batches, of which the heads alone learn; a method without heads has none.
-        lr_scheduler: constant, linear or cosine, after `warmup_steps` of linear warm-up.
+        lr_scheduler: constant, linear or cosine, after `warmup_steps` of linear warm-up; its end is that of the limit
+            which is nearest, in steps, tokens or seconds.
         lr_final: share of the learning rate at the end of a schedule.
         max_grad_norm: gradients are scaled down to this norm; None is off.
         num_minibatches: optimiser steps in one pass over a batch.
@@ -99,6 +104,8 @@ class TrainSettings(Section):
     """
 
     max_steps: int = Field(100, ge=1)
+    max_train_tokens: int | None = Field(None, ge=1)
+    max_train_seconds: float | None = Field(None, gt=0)
     learning_rate: float = Field(1e-6, ge=0, le=1e6)
     critic_learning_rate: float | None = Field(None, ge=0, le=1e6)
     critic_warmup_steps: int = Field(0, ge=0)
@@ -133,6 +140,8 @@ class EvaluateSettings(Section):
 
     Args:
         num_prompts: prompts at most.
+        skip: held-out prompts that are passed over at the beginning.
+        draw_seed: decides the completions that are drawn; None takes the run's seed.
         num_generations: completions a prompt.
         temperature, top_p: of the sampler.
         max_completion_length: tokens at most; None takes the rollout's.
@@ -141,6 +150,8 @@ class EvaluateSettings(Section):
     """
 
     num_prompts: int = Field(256, ge=1)
+    skip: int = Field(0, ge=0)
+    draw_seed: int | None = Field(None, ge=0)
     num_generations: int = Field(16, ge=1)
     temperature: float = Field(1.0, ge=0)
     top_p: float | None = None

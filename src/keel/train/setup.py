@@ -80,11 +80,12 @@ def prepare_setup(
     first = resolve(request)
     reads = first.method.reads
     preferences = None
+    split = first.seed if chosen.split_seed is None else chosen.split_seed
     if reads is not None and (data is not None or chosen.data is not None):
-        preferences = open_preferences(chosen, data, reads, first.seed)
+        preferences = open_preferences(chosen, data, reads, split)
         loaded: Task = prompts_of(preferences)
     else:
-        loaded = task if task is not None and not isinstance(task, str) else open_task(chosen, data, first.seed)
+        loaded = task if task is not None and not isinstance(task, str) else open_task(chosen, data, split)
         _check_fits(first.method, loaded, named)
     resolved = resolve(request, loaded)
     if resolved.task.name is None and resolved.task.data is None:

@@ -2,6 +2,7 @@
 
     independent    G completions of each prompt, each of weight 1
     extra          beside them, a further group of candidates for some prompts, at another temperature
+    beside         in their groups, further completions by other models
     particles      one run of the sampler for each prompt: its N = G particles with weight N W_i
     picks          G runs for each prompt: the output of each, of weight 1
 
@@ -49,6 +50,7 @@ from keel.tasks.task import Example, RewardFunction, Text
 from keel.train.draws import reply
 from keel.train.encode import Encoder
 from keel.train.episodes import draw_episodes
+from keel.train.written import with_rows_beside, written_rows
 
 if TYPE_CHECKING:
     from keel.train.session import Session
@@ -79,7 +81,13 @@ def draw_rows(
     if rollout.sampler is not None:
         return _sampled(session, rollout, ids, examples, step, index)
     known: dict[str, Any] = {"seed": session.config.seed, "step": step, "data_index": index}
-    rows = session.generator.generate(ids, rollout.num_generations, rollout.sampling, **known)
+    if rollout.written is None:
+        rows = session.generator.generate(ids, rollout.num_generations, rollout.sampling, **known)
+    else:
+        who = rollout.written
+        rows = written_rows(session, who.model, who.alpha, ids, rollout.num_generations, **known)
+    if rollout.beside:
+        return with_rows_beside(session, rollout, rows, ids, step, index), None
     if rollout.greedy_baseline:
         sampling = Sampling(0.0, None, None, None, rollout.max_completion_length, rollout.stop_strings)
         greedy = session.generator.generate(ids, 1, sampling, **known)

@@ -88,5 +88,5 @@ def _member(
     member.report = lambda event, facts: session.report(event, facts) if event == "step" else None
     member.stopping = session.stopping
     run(member)
-    chosen, rejected = score_preferences(member, inside)
+    chosen, rejected, _ = score_preferences(member, inside)
     return (chosen - rejected).float()

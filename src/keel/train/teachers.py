@@ -1,6 +1,6 @@
 """A teacher's likeliest tokens, measured once and stored, so that training needs no teacher in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from keel.core.rows import Rows
 from keel.models.language import LanguageModel
 from keel.parts.rewards.stored_teacher import FORMAT
 from keel.statistics.engine import Engine
+from keel.statistics.functionals import Functional
 from keel.statistics.teachers import TopTokens
 from keel.tasks.data import load_data
 from keel.tasks.task import Example, Task, Text
@@ -59,8 +60,21 @@ def store_top_k(
         raise ConfigError(f"must be positive, not {temperature}", "temperature")
     task = None if isinstance(data, Rows) else data if isinstance(data, Task) else load_data(data, held_out, seed)
     model = teacher if task is None or not isinstance(teacher, (str, Path)) else open_model(teacher, task, None, device)
-    parts = [data] if isinstance(data, Rows) else _rows(task, model, max_length)
+    parts = [data] if isinstance(data, Rows) else completion_rows(task, model, max_length)
     engine, asked = Engine({"teacher": model}, {}, temperature=temperature), TopTokens(k)
+    return measured_into(Path(path), engine, asked, parts, model)
+
+
+def measured_into(path: Path, engine: Engine, asked: Functional, parts: Iterable[Rows], model: Any) -> Path:
+    """Write what a functional of the form of `TopTokens` says of completions; the path.
+
+    Args:
+        path: of the file.
+        engine: with the models that the functional reads.
+        asked: ids, log-probabilities and the log-mass of the rest.
+        parts: the completions.
+        model: whose device the rows go to, where it is a language model.
+    """
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for rows in parts:
         rows = rows.to(model.device) if isinstance(model, LanguageModel) else rows
@@ -68,11 +82,11 @@ def store_top_k(
         for i, index in enumerate(rows.data_index.tolist()):
             own = rows.mask[i]
             found[index] = rows.tokens[i][own].cpu(), numbers[i][own].cpu()
-    _write(Path(path), found)
-    return Path(path)
+    _write(path, found)
+    return path
 
 
-def _rows(task: Any, model: LanguageModel, max_length: int | None) -> Iterator[Rows]:
+def completion_rows(task: Any, model: LanguageModel, max_length: int | None) -> Iterator[Rows]:
     """The completions of a task's examples, some at a time."""
     examples: Sequence[Example] = task.train
     limit = max_length or model.context_length
