@@ -55,17 +55,17 @@ def curves(
         percent: show shares as percentages.
         floor: lowest end of the vertical axis.
     """
-    drawn = [(metrics[name], label) for name, label in names.items() if metrics.get(name)][: len(SERIES)]
+    drawn = [(name, label) for name, label in names.items() if metrics.get(name)][: len(SERIES)]
     if not drawn:
         return None
     data: list[dict[str, Any]] = []
     said = []
-    for (curve, label), colour in zip(drawn, SERIES, strict=False):
-        curve = thin(curve)
+    for (name, label), colour in zip(drawn, SERIES, strict=False):
+        curve = thin(metrics[name])
         smooth = running_mean([value for _, value in curve])
         steps = [step for step, _ in curve]
         form = ".2%" if percent else ".4~g"
-        line = {"x": steps, "type": "scatter", "mode": "lines", "name": label, "legendgroup": label}
+        line = {"x": steps, "type": "scatter", "mode": "lines", "name": label, "legendgroup": label, "meta": name}
         hover = f"step %{{x}}: %{{y:{form}}}<extra>{label}</extra>"
         if len(curve) > SMOOTH:
             faint = {"color": f"@{colour}/0.3", "width": 1}

@@ -25,9 +25,19 @@
     }
   }
 
-  const now = () => draw(dark.matches ? "dark" : "light");
+  const now = () => draw(document.documentElement.dataset.theme || (dark.matches ? "dark" : "light"));
   dark.addEventListener("change", now);
+  document.addEventListener("redraw", now); // a page may choose the theme, or have new data
   window.addEventListener("beforeprint", () => draw("light"));
   window.addEventListener("afterprint", now);
   now();
+
+  // A chooser shows one of several groups of figures; those that were hidden have yet to learn their width.
+  for (const views of document.querySelectorAll(".views")) {
+    const choice = views.querySelector("select");
+    choice.addEventListener("change", () => {
+      for (const view of views.querySelectorAll("[data-view]")) view.hidden = view.dataset.view !== choice.value;
+      window.dispatchEvent(new Event("resize"));
+    });
+  }
 })();

@@ -84,12 +84,20 @@ def read_run(directory: str | Path, store: str | Path | None = None) -> RunData:
     """
     directory = Path(directory)
     with Store(store or directory.parent / "keel.sqlite", readonly=True) as opened:
-        run = opened.run(directory.name)
-        metrics = opened.metrics(run.id)
-        stored = opened.evaluations(run.id)
-        last = max(opened.rollout_counts(run.id), default=0)
-        rollouts = opened.rollouts(run.id, last, limit=EXPLAINED)
-        fallen = read_falls(opened, run.id)
+        return run_data(opened, opened.run(directory.name), directory)
+
+
+def run_data(store: Store, run: StoredRun, directory: Path) -> RunData:
+    """What an open store holds of a run with its configuration.
+
+    Raises:
+        RunError: a stored evaluation cannot be read.
+    """
+    metrics = store.metrics(run.id)
+    stored = store.evaluations(run.id)
+    last = max(store.rollout_counts(run.id), default=0)
+    rollouts = store.rollouts(run.id, last, limit=EXPLAINED)
+    fallen = read_falls(store, run.id)
     try:
         evaluations = [(e.step, e.phase, Evaluation.from_json(e.evaluation)) for e in stored]
     except ValueError as error:
@@ -120,19 +128,7 @@ def write_report(run: RunData | str | Path, path: str | Path | None = None) -> P
 
 def report(data: RunData) -> str:
     """The report as HTML."""
-    parts = [_head(data), _tiles(data), "<h2>Diagnosis</h2>", findings_list(data.findings())]
-    abilities = [pass_curves(arms := before_and_after(data.before, data.after)), frontier(arms), *_held_out(data)]
-    if compares(data.after or data.before):
-        shown = figures([reliability(data.before, data.after), *_held_out(data)], "ability")
-        tables = [_evaluation_table(data), reliability_table(data.after or data.before)]
-        parts += ["<h2>Held-out comparisons</h2>", shown, *tables]
-    elif any(abilities):
-        parts += ["<h2>Held-out prompts</h2>", figures(abilities, "ability"), _evaluation_table(data)]
-    elif data.after or data.before:
-        parts += ["<h2>Held-out comparisons</h2>", _evaluation_table(data)]
-    gold = gold_figures(data.metrics, _hidden(data))
-    if any(gold):
-        parts += ["<h2>Over-optimisation</h2>", figures(gold, "gold")]
+    parts = [_head(data), tiles(data), "<h2>Diagnosis</h2>", findings_list(data.findings()), *abilities(data)]
     training = training_figures(data.metrics)
     if any(training):
         parts += ["<h2>Training</h2>", figures(training, "training")]
@@ -143,6 +139,24 @@ def report(data: RunData) -> str:
         f"<footer>Written by Keel, {written}. Brackets and bands are 95% bootstrap intervals over prompts.</footer>"
     )
     return document(f"{data.run.name} – Keel", [part for part in parts if part])
+
+
+def abilities(data: RunData) -> list[str]:
+    """Figures and tables of what was measured on held-out prompts or comparisons, as HTML; empty without any."""
+    parts = []
+    drawn = [pass_curves(arms := before_and_after(data.before, data.after)), frontier(arms), *_held_out(data)]
+    if compares(data.after or data.before):
+        shown = figures([reliability(data.before, data.after), *_held_out(data)], "ability")
+        tables = [_evaluation_table(data), reliability_table(data.after or data.before)]
+        parts += ["<h2>Held-out comparisons</h2>", shown, *tables]
+    elif any(drawn):
+        parts += ["<h2>Held-out prompts</h2>", figures(drawn, "ability"), _evaluation_table(data)]
+    elif data.after or data.before:
+        parts += ["<h2>Held-out comparisons</h2>", _evaluation_table(data)]
+    gold = gold_figures(data.metrics, _hidden(data))
+    if any(gold):
+        parts += ["<h2>Over-optimisation</h2>", figures(gold, "gold")]
+    return parts
 
 
 def training_figures(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> list[Figure | None]:
@@ -203,14 +217,15 @@ def _head(data: RunData) -> str:
     return f'<header>\n<h1>{text(run.name)}</h1>\n<ul class="facts">{items}</ul>\n</header>'
 
 
-def _tiles(data: RunData) -> str:
+def tiles(data: RunData) -> str:
+    """The first numbers that anybody asks for, before and after training, as HTML."""
     before, after = data.before, data.after
     if before is None and after is None:
         return ""
     shown = after or before
     assert shown is not None
     names = ["pass@1", shown.largest("pass"), "entropy", "kl", "accuracy", "log_loss", "calibration_error"]
-    tiles = []
+    shown_tiles = []
     for name in dict.fromkeys(name for name in names if name):
         first = before.metrics.get(name) if before else None
         last = after.metrics.get(name) if after else None
@@ -219,10 +234,10 @@ def _tiles(data: RunData) -> str:
         values = " → ".join(f"{value.value:.3f}" for value in (first, last) if value is not None)
         gained = change(before, after, name) if before and after else None
         below = f"{cell(gained, signed=True)}" if gained is not None else ""
-        tiles.append(
+        shown_tiles.append(
             f'<div class="tile"><dt>{name}</dt><dd class="value">{values}</dd><dd class="muted">{below}</dd></div>'
         )
-    return f'<dl class="tiles">\n{"".join(tiles)}\n</dl>'
+    return f'<dl class="tiles">\n{"".join(shown_tiles)}\n</dl>'
 
 
 def _hidden(data: RunData) -> list[str]:

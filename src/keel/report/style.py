@@ -28,6 +28,12 @@ THEMES: dict[Theme, dict[str, str]] = {
         "strong": "#0a2f5c",
         "green": "#0b8069",
         "accent": "#5e1a38",
+        "violet": "#b05bf2",
+        "olive": "#5c5023",
+        "rose": "#e7014a",
+        "sky": "#089dc7",
+        "earth": "#351e00",
+        "leaf": "#6a9c78",
         "good": "#0b6e4f",
         "note": "#1b64a8",
         "warning": "#8a5a00",
@@ -47,14 +53,23 @@ THEMES: dict[Theme, dict[str, str]] = {
         "strong": "#d2e8ff",
         "green": "#2fb597",
         "accent": "#f0de6e",
+        "violet": "#8c58a1",
+        "olive": "#e0fdb7",
+        "rose": "#f3015a",
+        "sky": "#15f7f6",
+        "earth": "#a55301",
+        "leaf": "#0d794a",
         "good": "#5fd0a5",
         "note": "#79b8f5",
         "warning": "#e5b04c",
         "problem": "#ff8a80",
     },
 }
+BEHIND: dict[Theme, float] = {"light": 1.0, "dark": 0.7}  # text on 70% of a colour, times this, has a contrast of 4.5
 SERIES = ("medium", "plain", "green", "accent")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down")
+# For many arms in one figure, beside the grey of their baseline; no two of the ten look alike to anybody.
+ARMS = ("medium", "plain", "violet", "leaf", "rose", "sky", "accent", "olive", "earth")
 # Backgrounds in terminals, whose own colours are not known: (background, text), from little to much.
 MORE = (("#cfe3f7", "#1b1f24"), ("#84b7e8", "#1b1f24"), ("#1b64a8", "#ffffff"))
 LESS = (("#fbdcc4", "#1b1f24"), ("#f2a873", "#1b1f24"), ("#c2500a", "#ffffff"))
@@ -62,8 +77,8 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 
 
 def variables(theme: Theme) -> str:
-    """The palette of a theme as custom properties of CSS."""
-    return " ".join(f"--{name}: {colour};" for name, colour in THEMES[theme].items())
+    """The palette of a theme as custom properties of CSS, and how strong the colours behind its text may be."""
+    return " ".join(f"--{name}: {colour};" for name, colour in THEMES[theme].items()) + f" --strength: {BEHIND[theme]};"
 
 
 def resolve(value: Any, theme: Theme) -> Any:

@@ -33,7 +33,7 @@
     says.textContent = scale.says + (scale.unit ? ` (${scale.unit})` : "");
     low.textContent = said(scale.low);
     high.textContent = said(scale.high);
-    const end = (name) => `color-mix(in srgb, var(--${name}) ${STRONGEST}%, transparent)`;
+    const end = (name) => `color-mix(in srgb, var(--${name}) calc(${STRONGEST}% * var(--strength)), transparent)`;
     bar.style.background = `linear-gradient(90deg, ${scale.centre === null ? "" : `${end("plain")}, `}transparent, ${end("medium")})`;
     bar.title = scale.centre === null ? "" : `neutral at ${scale.centre}`;
     ramp.style.visibility = scale.low === scale.high ? "hidden" : "visible";
@@ -83,7 +83,10 @@
     });
     place.addEventListener("blur", () => show(null));
   }
-  select.addEventListener("change", colour);
+  select.addEventListener("change", () => {
+    colour();
+    show(picked);
+  });
   colour();
   const wanted = new URLSearchParams(location.hash.slice(1)).get("token"); // #token=3 opens the numbers of one
   if (wanted !== null) show(tokens[Number(wanted) - 1] || null);

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from keel.core.errors import KeelError, UserError
-from keel.store.schema import APPLICATION, TABLES, VERSION
+from keel.store.schema import APPLICATION, SEARCH, TABLES, VERSION
 
 
 class StoreBusy(KeelError):
@@ -130,9 +130,22 @@ def _make_tables(db: sqlite3.Connection, path: Path) -> None:
     if not _recognise(db, path):  # another process may have made them meanwhile
         for statement in TABLES.split(";"):
             db.execute(statement)
+        if _has_trigrams(db):
+            for statement in SEARCH:
+                db.execute(statement)
         db.execute(f"PRAGMA application_id = {APPLICATION}")
         db.execute(f"PRAGMA user_version = {VERSION}")
     db.execute("COMMIT")
+
+
+def _has_trigrams(db: sqlite3.Connection) -> bool:
+    """Whether this SQLite can search by neighbouring characters; it is built with FTS5 almost everywhere."""
+    try:
+        db.execute("CREATE VIRTUAL TABLE temp.tried USING fts5 (word, tokenize = 'trigram')")
+    except sqlite3.OperationalError:
+        return False
+    db.execute("DROP TABLE temp.tried")
+    return True
 
 
 def _keep_journal(db: sqlite3.Connection, path: Path, timeout: float) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from keel.core.errors import KeelError, RunError, nearest
+from keel.store.listing import RUN_ORDERS, run_conditions
 from keel.store.numbers import pack, unpack
 from keel.store.opening import fault, open_to_read, open_to_write
 from keel.store.records import StoredEvaluation, StoredRollout, StoredRun
@@ -168,6 +169,8 @@ class Store:
         status: str | None = None,
         limit: int | None = None,
         offset: int = 0,
+        order: str = "created",
+        descending: bool = True,
     ) -> list[StoredRun]:
         """Runs, the newest first, without their configurations.
 
@@ -175,17 +178,16 @@ class Store:
             name: part of the name.
             recipe, task, model, seed, status: exact values.
             limit, offset: a page of them.
+            order: what they are ordered by, one of `RUN_ORDERS`; runs without it come last.
+            descending: from the largest or newest.
         """
         exact = {"recipe": recipe, "task": task, "model": model, "seed": seed, "status": status}
-        wanted = {column: value for column, value in exact.items() if value is not None}
-        conditions = [f"{column} = ?" for column in wanted]
-        values: list[Any] = list(wanted.values())
-        if name is not None:
-            conditions.append("instr(lower(name), lower(?)) > 0")
-            values.append(name)
-        where = f"WHERE {' AND '.join(conditions)} " if conditions else ""
-        rows = self._query(
-            f"SELECT {', '.join(_LISTED)} FROM runs {where}ORDER BY created DESC, id DESC LIMIT ? OFFSET ?",
+        where, values = run_conditions(exact, name)
+        by, way = RUN_ORDERS[order], "DESC" if descending else "ASC"
+        missing = f"{by} IS NULL, " if order == "score" else ""
+        rows = self.select(
+            f"SELECT {', '.join(_LISTED)} FROM runs WHERE {where} ORDER BY {missing}{by} {way}, id {way} "
+            "LIMIT ? OFFSET ?",
             [*values, -1 if limit is None else limit, offset],
         )
         return [self._stored_run(row) for row in rows]
@@ -196,9 +198,9 @@ class Store:
         Raises:
             RunError: there is none.
         """
-        rows = self._query(f"SELECT {', '.join(_LISTED)}, config FROM runs WHERE name = ?", [name])
+        rows = self.select(f"SELECT {', '.join(_LISTED)}, config FROM runs WHERE name = ?", [name])
         if not rows:
-            known = [row[0] for row in self._query("SELECT name FROM runs ORDER BY created DESC, id DESC", [])]
+            known = [row[0] for row in self.select("SELECT name FROM runs ORDER BY created DESC, id DESC", [])]
             there = f"Runs: {', '.join(known[:8])}{', ...' if len(known) > 8 else ''}." if known else "It has none."
             raise RunError(f"There is no run named '{name}'.{nearest(name, known)}", str(self.path), there)
         return self._stored_run(rows[0])
@@ -215,7 +217,7 @@ class Store:
             values += list(names)
             query += f" AND n.name IN ({', '.join('?' * (len(values) - 1))})"
         curves: dict[str, list[tuple[int, float]]] = {}
-        for name, step, value in self._query(query + " ORDER BY n.name, m.step", values):
+        for name, step, value in self.select(query + " ORDER BY n.name, m.step", values):
             curves.setdefault(name, []).append((step, _nan(value)))
         return curves
 
@@ -234,7 +236,7 @@ class Store:
         """
         columns = f"{_ROLLOUT}, {'numbers' if numbers else 'NULL'}"
         where, values = ("run = ?", [run_id]) if step is None else ("run = ? AND step = ?", [run_id, step])
-        rows = self._query(
+        rows = self.select(
             f"SELECT {columns} FROM rollouts WHERE {where} ORDER BY step, id LIMIT ? OFFSET ?", [*values, limit, offset]
         )
         return [self._rollout(row) for row in rows]
@@ -246,10 +248,10 @@ class Store:
             RunError: the run has none of that number; the numbers that it has are named.
             KeelError: stored numbers are damaged.
         """
-        rows = self._query(f"SELECT {_ROLLOUT}, numbers FROM rollouts WHERE run = ? AND id = ?", [run_id, id])
+        rows = self.select(f"SELECT {_ROLLOUT}, numbers FROM rollouts WHERE run = ? AND id = ?", [run_id, id])
         if not rows:
             query = "SELECT COUNT(*), MIN(id), MAX(id) FROM rollouts WHERE run = ?"
-            ((count, first, last),) = self._query(query, [run_id])
+            ((count, first, last),) = self.select(query, [run_id])
             known = f"It has {count}, numbered {first} to {last}." if count else "It has none."
             raise RunError(f"The run has no rollout {id}.", str(self.path), known)
         return self._rollout(rows[0])
@@ -257,12 +259,12 @@ class Store:
     def rollout_counts(self, run_id: int) -> dict[int, int]:
         """How many completions each step has, by growing step."""
         query = "SELECT step, COUNT(*) FROM rollouts WHERE run = ? GROUP BY step ORDER BY step"
-        return dict(self._query(query, [run_id]))
+        return dict(self.select(query, [run_id]))
 
     def evaluations(self, run_id: int) -> list[StoredEvaluation]:
         """Evaluations by growing step."""
         query = "SELECT step, phase, created, evaluation FROM evaluations WHERE run = ? ORDER BY step, created"
-        rows = self._query(query, [run_id])
+        rows = self.select(query, [run_id])
         return [
             StoredEvaluation(step, phase, created, self._load(evaluation)) for step, phase, created, evaluation in rows
         ]
@@ -288,7 +290,12 @@ class Store:
                     raise self._fault(error) from error
                 raise
 
-    def _query(self, query: str, values: Sequence[Any]) -> list[tuple]:
+    def select(self, query: str, values: Sequence[Any] = ()) -> list[tuple]:
+        """The rows of a query in SQL; `keel.store.schema` has the tables.
+
+        Raises:
+            KeelError: the store cannot be read.
+        """
         with self._lock:
             try:
                 return self._db.execute(query, values).fetchall()
