@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from benchmarks import fingerprint, halving, methods_page, plan, results, work
+from benchmarks import fingerprint, halving, methods_page, packaged, plan, results, work
 from benchmarks.cells import BASE, Cell
 from benchmarks.evidence import Evidence
 from keel.core.errors import KeelError, nearest
@@ -85,7 +85,8 @@ def write(folder: Path) -> None:
     names = plan.compared()
     left = {name: why for name in plan.recipes() if (why := plan.left_out(name)) is not None}
     methods_page.write(evidence, names, halving.said(evidence, trial, names), left)
-    print(f"{methods_page.PAGE} and {methods_page.PICTURE} are written", file=sys.stderr)
+    packaged.write(evidence, names)
+    print(f"{methods_page.PAGE}, {methods_page.PICTURE} and {packaged.FILE} are written", file=sys.stderr)
 
 
 def main() -> None:
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="what is missing, stale and fresh; nothing is run")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin no cell after that")
     parser.add_argument("--vouch", action="store_true", help="first run a few stale cells again, to keep the others")
-    parser.add_argument("--write", action="store_true", help="write docs/methods.md from what is stored at the end")
+    parser.add_argument("--write", action="store_true", help="write docs/methods.md and evidence.json at the end")
     parser.add_argument("--results", type=Path, default=results.FOLDER)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.measuring import Row
 from benchmarks.models import build
-from benchmarks.trainers import Way, timed
+from benchmarks.trainers import Way, clocked
 
 PAIRS, PROMPT, LENGTH, BETA = 32, 12, 64, 0.1
 MODELS = (("1M", 64), ("1M", 32768))
@@ -57,7 +57,7 @@ def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
     from trl import DPOConfig, DPOTrainer
 
     asked = {"per_device_train_batch_size": PAIRS, "beta": BETA, **settings}
-    return timed(DPOTrainer, DPOConfig, shape, vocabulary, comparisons(vocabulary), asked)
+    return clocked(DPOTrainer, DPOConfig, shape, vocabulary, comparisons(vocabulary), asked)
 
 
 FP32 = {"bf16": False, "gradient_checkpointing": False}

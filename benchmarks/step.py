@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.measuring import PeakMemory, Row, in_process
 from benchmarks.models import build
-from benchmarks.trainers import Way, timed
+from benchmarks.trainers import Way, clocked
 
 PROMPTS, GROUP, PROMPT, LENGTH, BETA = 16, 8, 12, 32, 0.04
 MODELS = (("1M", 64), ("1M", 32768))
@@ -70,7 +70,7 @@ def trl_way(shape: str, vocabulary: int, **settings: Any) -> Way:
         "log_completions": False,
         **settings,
     }
-    return timed(GRPOTrainer, GRPOConfig, shape, vocabulary, questions(vocabulary), asked, reward_funcs=reward)
+    return clocked(GRPOTrainer, GRPOConfig, shape, vocabulary, questions(vocabulary), asked, reward_funcs=reward)
 
 
 WAYS: dict[str, tuple[Callable[..., Way], dict[str, Any]]] = {

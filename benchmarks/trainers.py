@@ -13,7 +13,7 @@ from benchmarks.models import build
 Way = Callable[[], list[float]]
 
 
-def timed(
+def clocked(
     trainer: Any,
     arguments: Any,
     shape: str,

@@ -1,6 +1,7 @@
 """Settings of all tests: one thread, no network, a cache of their own, and shapes that are checked."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -10,9 +11,13 @@ import zlib
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
+
+from tests import annotations
+
+gc.disable()  # until all tests are collected: what is imported until then stays
 
 CHECKED = (
+    "keel.compare.statistics",
     "keel.core",
     "keel.divergences",
     "keel.exact",
@@ -30,7 +35,7 @@ CHECKED = (
 )
 early = sorted(name for name in sys.modules if name.startswith(CHECKED))
 assert not early, f"the shapes of {early[0]} cannot be checked: it was imported before the tests"
-install_import_hook(list(CHECKED), "beartype.beartype")
+annotations.install(list(CHECKED))
 
 # Before anything of Keel is imported. The workers of pytest-xdist inherit what the first process sets.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -45,6 +50,12 @@ settings.register_profile(
     "keel", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("keel")
+
+
+def pytest_collection_finish() -> None:
+    """The collector need not walk through what all tests have imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PACKAGES = ("train", "evaluate", "verify")  # packages that can be called
+_PACKAGES = ("train", "evaluate", "verify", "compare")  # packages that can be called
 _ENTRIES = {
     "sample": "keel.train.samples",
     "frontier": "keel.train.samples",

@@ -5,7 +5,7 @@ from enum import Enum
 
 import pytest
 import yaml
-from tests.worlds import Case, recipe_cases
+from tests.cases import Case, recipe_cases
 
 from keel.core.config import build, check, from_config, get_path, set_path, to_config
 from keel.core.errors import ConfigError, KeelError, MethodError, UserError, nearest

@@ -153,7 +153,8 @@ def test_moving_keeps_everything():
     assert torch.equal(moved.columns["values"], full().columns["values"]) and moved.totals is None
 
 
-def test_shapes_are_checked():
+def test_shapes_are_checked(monkeypatch):
+    monkeypatch.setattr("tests.annotations.EVERY", 1)
     with pytest.raises(jaxtyping.TypeCheckError):
         make(weight=torch.ones(4))
     with pytest.raises(jaxtyping.TypeCheckError):

@@ -1,13 +1,21 @@
 """The bandit of preference methods: the numbers of its specification, draws against what is exact, what it shows."""
 
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
 import pytest
 import torch
 from tests.parts.completions import ALIKE
 
 from keel.exact.bandit import (
+    PUSHING,
+    VARIANTS,
+    Algorithm,
     Bandit,
     Settings,
     best_of,
+    compare,
     likelihood_gradient,
     mode_seeking_gradient,
     peaked_bandit,
@@ -62,24 +70,34 @@ def test_gradients_of_the_two_divergences():
     torch.testing.assert_close(grad, reverse)
 
 
-@pytest.mark.parametrize("algorithm", ["best_of_n", "reward_weighted", "dpo", "ipo", "reinforce"])
-def test_one_step_is_the_gradient_of_the_loss(algorithm):
+STEPS = [(name, True) for name in get_args(Algorithm)] + [(name, False) for name in PUSHING]
+
+
+@pytest.mark.parametrize(("algorithm", "pushes"), STEPS)
+def test_one_step_is_the_gradient_of_the_loss(algorithm, pushes):
     """Against autograd of each method's loss, away from the reference: two steps of which the second is looked at."""
     bandit = Bandit(torch.tensor([0.0, 1.0, 0.5, 1.0]).double(), torch.tensor([0.4, 0.1, 0.3, 0.2]).double().log())
-    rate, known = 0.3, {"learning_rate": 0.3, "n": 3, "beta": 0.7, "temperature": 0.5}
+    rate, known = 0.3, {"learning_rate": 0.3, "n": 3, "beta": 0.7, "temperature": 0.5, "epsilon": 0.05}
+    known["negative_gradient"] = pushes
     first = run_bandit(bandit, Settings(algorithm, steps=1, **known))
     second = run_bandit(bandit, Settings(algorithm, steps=2, **known))
     logits = first.log_policy.clone().requires_grad_()
     log_p, drawn = logits.log_softmax(0), bandit.log_ref.exp()
     ahead = log_p - bandit.log_ref
-    margin, pairs = ahead[:, None] - ahead[None, :], drawn[:, None] * drawn[None, :]
+    held = ahead if pushes else ahead.detach()
+    margin, pairs = ahead[:, None] - held[None, :], drawn[:, None] * drawn[None, :]
     wins = bandit.reward[:, None] > bandit.reward[None, :]
+    gain = bandit.reward - drawn @ bandit.reward
+    gain = gain if pushes else gain.clamp(min=0)
+    ratio = ahead.exp()
     loss = {
         "best_of_n": -(best_of(drawn, bandit.reward, 3) * log_p).sum(),
         "reward_weighted": -(drawn * (bandit.reward / 0.5).exp() * log_p).sum(),
         "dpo": -(pairs * wins * (0.7 * margin).sigmoid().log()).sum(),
         "ipo": (pairs * wins * (margin - 1 / 1.4).square()).sum(),
-        "reinforce": -(drawn * (bandit.reward - drawn @ bandit.reward) * log_p).sum(),
+        "winners": -(pairs * wins * log_p[:, None]).sum(),
+        "reinforce": -(drawn * gain * log_p).sum(),
+        "ppo": -(drawn * torch.minimum(ratio * gain, ratio.clamp(0.95, 1.05) * gain)).sum(),
     }[algorithm]
     (grad,) = torch.autograd.grad(loss, logits)
     wanted = (first.log_policy - rate * grad).log_softmax(0)
@@ -117,9 +135,45 @@ def test_what_the_comparison_shows():
     assert float(asked.queries[-1]) == 20 * 4 * 10
 
 
+@cache
+def ends(peak: float) -> dict[str, tuple[float, float]]:
+    return {n: (float(a.reward[-1]), float(b.reward[-1])) for n, (a, b) in compare(peaked_bandit(peak)).items()}
+
+
+def test_what_is_compared_shows_what_the_paper_says():
+    """Far from the data on-policy draws raise everything; within them a push on losers is what helps offline."""
+    far, near = ends(70.0), ends(20.0)
+    assert set(far) == set(VARIANTS) and all(on > off + 0.15 for off, on in far.values())
+    assert far["best of N"][0] < 0.207833 and far["PPO"][0] < 0.06 and far["PPO"][1] > 0.99
+    for name in ("DPO", "IPO"):
+        assert near[name][0] > near[f"{name}, losers held"][0] + 0.3 > near["winners of pairs"][0]
+    assert all(on > 0.9 for _, on in near.values())
+    held, pushed = (run_bandit(FAR, Settings("dpo", negative_gradient=n, steps=50)) for n in (False, True))
+    assert float(held.winners[-1]) > 0 > float(pushed.losers[-1]) < float(held.losers[-1])
+
+
+def test_the_table_of_the_documentation_is_what_comes_out():
+    text = (Path(__file__).parents[2] / "docs" / "pairs.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- bandit: begin -->")[2].partition("<!-- bandit: end -->")[0].strip().splitlines()
+    found = {name: (*ends(70.0)[name], *ends(20.0)[name]) for name in VARIANTS}
+    for line, (name, values) in zip(shown[2:], found.items(), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == name and [float(c) for c in cells[1:]] == pytest.approx(values, abs=1.5e-3)
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"algorithm": "ppo"}, {"n": 1}, {"rounds": 0}, {"steps": 0}, {"learning_rate": 0.0}, {"gap": -1.0}, {"states": 0}],
+    [
+        {"algorithm": "trpo"},
+        {"algorithm": "winners", "negative_gradient": False},
+        {"epsilon": 0.0},
+        {"n": 1},
+        {"rounds": 0},
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"gap": -1.0},
+        {"states": 0},
+    ],
     ids=str,
 )
 def test_bad_settings(settings):

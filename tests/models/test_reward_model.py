@@ -47,7 +47,7 @@ def test_transformers_gives_the_scores_of_training(kind, tmp_path):
     assert float(trained.std()) > 1e-2
     folder = save_reward_model(model, head.weight, tmp_path / "reward_model")
     plain = AutoModelForSequenceClassification.from_pretrained(folder)
-    assert plain.config.num_labels == 1 and plain.config.pad_token_id is not None
+    assert plain.config.num_labels == 1 and plain.config.pad_token_id == model.pad_id
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for side in ("right", "left") if kind == "llama" else ("right",):
         batch = tokenizer([p + c for p, c in TEXTS], return_tensors="pt", padding=True, padding_side=side)

@@ -60,6 +60,22 @@ def test_a_snapshot_moves_on_the_steps_that_every_divides():
     assert seen == [{0.0}, {0.0}, {3.0}, {3.0}, {3.0}, {6.0}]
 
 
+def test_a_snapshot_with_an_offset_and_what_it_lends():
+    live = policy()
+    fill(live, 0.0)
+    source = build(Snapshot(every=4, offset=2), live)
+    seen = []
+    for step in range(1, 8):
+        fill(live, float(step))
+        assert source.update(step) == (step in (2, 6))
+        seen.append(values(source))
+    assert seen == [{0.0}, {2.0}, {2.0}, {2.0}, {2.0}, {6.0}, {6.0}]
+    source.lend()
+    assert values(build(Initial(), live)) == {6.0}
+    fill(live, 9.0)
+    assert values(source) == {6.0}  # it was lent, not given
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_average_follows_its_recursion_in_bf16_too(dtype):
     live = policy()
@@ -109,10 +125,11 @@ def test_with_lora_a_moving_model_owns_its_adapter_only(tmp_path):
 
 def test_a_pretrained_model_must_have_the_same_vocabulary(tmp_path):
     live = policy()
-    save(build_tiny("0123456789+-*/=()> ?", SMALL, seed=1), tmp_path / "same")
+    same = build_tiny("0123456789+-*/=()> ?", SMALL, seed=1)
+    save(same, tmp_path / "same")
     save(build_tiny("0123456789+-*/=()> !", SMALL), tmp_path / "other")
     source = build(Pretrained(str(tmp_path / "same")), live)
-    assert states(source).shape == states(live).shape and not torch.equal(states(source), states(live))
+    assert torch.equal(states(source), states(same)) and not torch.equal(states(source), states(live))
     with pytest.raises(UserError, match="vocabulary"):
         build(Pretrained(str(tmp_path / "other")), live)
 
@@ -239,7 +256,7 @@ def test_sources_are_plain_data(source):
     assert from_config(to_config(source)) == source
 
 
-@pytest.mark.parametrize("wrong", [lambda: Snapshot(0), lambda: EMA(1.0), lambda: EMA(-0.1)])
+@pytest.mark.parametrize("wrong", [lambda: Snapshot(0), lambda: Snapshot(2, 2), lambda: EMA(1.0), lambda: EMA(-0.1)])
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError):
         wrong()

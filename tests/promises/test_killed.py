@@ -39,7 +39,9 @@ def whole(launch, folder, settings):
     return outcome(folder / "whole"), int((folder / "count").read_text())
 
 
-@pytest.mark.parametrize(("recipe", "share"), [("grpo", 0.0), ("grpo", 0.35), ("grpo", 0.8), ("dpo", 0.5)])
+@pytest.mark.parametrize(
+    ("recipe", "share"), [("grpo", 0.0), ("grpo", 0.35), ("grpo", 0.8), ("dpo", 0.5), ("ppo", 0.6)]
+)
 def test_a_killed_run_ends_with_the_same_bits(launch, tmp_path, recipe, share):
     settings = {**SAVING, **RECIPES[recipe], "max_steps": 3}
     expected, events = whole(launch, tmp_path, settings)

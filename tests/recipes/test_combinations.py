@@ -17,14 +17,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from tests.worlds import COMPARED, EVERYTHING, SPACE, method_with, outcome, rows_for, table
+from tests.cases import COMPARED, method_with
+from tests.worlds import EVERYTHING, SPACE, outcome, rows_for, table
 
+from keel.composition import ALWAYS
 from keel.core.aggregate import Aggregation
 from keel.core.choice import generator, row_ids, uniforms
 from keel.core.errors import UserError
 from keel.core.registry import PAPERS, part_class
 from keel.core.rows import REPLAYED, Rows, Stop, Stream, cat
-from keel.method import ALWAYS, Method
+from keel.method import Method
 from keel.models.heads import Critic
 from keel.models.sources import Initial
 from keel.models.tiny import TinyConfig, build_tiny

@@ -6,18 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from tests.worlds import (
-    SPACE,
-    Case,
-    Outcome,
-    assert_same,
-    noise,
-    online_rows,
-    outcome,
-    recipe_cases,
-    rows_for,
-    table,
-)
+from tests.cases import Case, recipe_cases
+from tests.worlds import SPACE, Outcome, assert_same, noise, online_rows, outcome, rows_for, table
 
 from keel.core.aggregate import Aggregation
 from keel.core.rows import Rows, cat

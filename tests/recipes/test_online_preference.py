@@ -172,15 +172,23 @@ def checked(name: str, **options):
 def test_the_expected_gradient_is_that_of_the_claim(name):
     found = checked(name)
     assert found.gradient_relative_error < 1e-9
-    unbiased = name not in ("nash_md", "nash_mp")  # there opponents are weighted over the group
-    assert (found.groups[-1].relative_error < 1e-9) == unbiased
+    assert found.groups[-1].relative_error < 1e-9
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("rebel", {"against": "ref"}), ("nash_mp", {"half_step": 3}), ("inpo", {"ratio": 0.0})]
+    ("name", "options"),
+    [("rebel", {"against": "ref"}), ("nash_mp", {"half_step": 3}), ("inpo", {"ratio": 0.0}), ("inpo", {"every": 3})],
 )
 def test_and_of_its_variants(name, options):
+    """With `every` it is the minimum that is looked at: completions of a snapshot make no gradient of the claim."""
     assert verify_recipe(name, options).gradient_relative_error < 1e-9
+
+
+@pytest.mark.parametrize("name", ["nash_md", "nash_mp"])
+def test_opponents_that_are_weighted_over_the_group_are_exact_in_the_limit(name):
+    """Those that are drawn are so in groups of any size."""
+    found = verify_recipe(name, {"opponents": 0})
+    assert found.gradient_relative_error < 1e-9 and 1e-4 < found.groups[-1].relative_error < 0.1
 
 
 def test_self_play_is_unbiased_in_small_groups():

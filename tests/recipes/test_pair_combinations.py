@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.cases import comparing, required
 from tests.recipes.test_combinations import REFUSALS, SMALL, parts
-from tests.worlds import EVERYTHING, _comparing, _required, assert_same, outcome
+from tests.worlds import EVERYTHING, assert_same, outcome
 
+from keel.composition import ALWAYS
 from keel.core.aggregate import Aggregation
 from keel.core.registry import PAPERS, part_class
-from keel.method import ALWAYS, Method
+from keel.method import Method
 from keel.models.heads import Critic
 from keel.models.sources import Initial
 from keel.models.tiny import build_tiny
@@ -45,8 +47,8 @@ def pools() -> dict[str, tuple[type, ...]]:
         names = [n for n in typing.get_type_hints(cls.__call__) if n != "return"]
         if names[:2] != ["chosen", "rejected"] and names not in (["log_ratio"], ["side"]):
             continue
-        item = cls(**_required(cls))
-        loss = _comparing(item)
+        item = cls(**required(cls))
+        loss = comparing(item)
         if loss is None or loss is item or loss.score is item:
             continue
         if loss.link is item:

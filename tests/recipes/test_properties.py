@@ -11,19 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.worlds import (
-    Case,
-    Outcome,
-    assert_same,
-    cases,
-    models_of,
-    outcome,
-    part_cases,
-    polluted,
-    recipe_cases,
-    repeated,
-    rows_for,
-)
+from tests.cases import Case, cases, part_cases, recipe_cases
+from tests.worlds import Outcome, assert_same, models_of, outcome, polluted, repeated, rows_for
 
 from keel.core.choice import generator
 from keel.method import Method

@@ -3,7 +3,7 @@
 import inspect
 
 import pytest
-from tests.worlds import recipe_cases
+from tests.cases import recipe_cases
 
 from keel.core.errors import ConfigError
 from keel.method import Method
@@ -41,9 +41,9 @@ def test_no_reference_is_loaded_in_vain(case):
     """A model is declared if and only if something reads it."""
     method: Method = case.method
     needs = [*method.prepare_needs(), *method.update_needs()]
-    writer = method.rollout.written.model if method.rollout is not None and method.rollout.written else None
+    writers = set() if method.rollout is None else set(method.rollout.writers)
     drawn = {getattr(item, "source", None) for item in method.controllers.values()}  # who draws what a part looks at
-    read = {name for need in needs for name in need.of} | ({writer, *drawn} - {None})
+    read = {name for need in needs for name in need.of} | writers | (drawn - {None})
     assert set(method.models) == read - {"policy", "old"}
 
 

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from keel.report.style import SERIES, THEMES, layout, resolve, variables
+from keel.report.style import ARMS, SERIES, THEMES, layout, resolve, variables
 
 # Severe dichromacy, on linear RGB: Machado, Oliveira and Fernandes, 2009.
 VISION = {
@@ -52,13 +52,13 @@ def test_contrast(theme):
         assert contrast(colours[name], colours["surface"]) > 4.5 and contrast(colours[name], colours["page"]) > 4.5, (
             name
         )
-    for name in {*SERIES, "base", "plain", "weak", "medium", "strong"}:
+    for name in {*SERIES, *ARMS, "base", "plain", "weak", "medium", "strong"}:
         assert contrast(colours[name], colours["surface"]) > 3, name
 
 
 @pytest.mark.parametrize("vision", VISION)
 @pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("together", [SERIES, ("base", "plain", "weak", "medium", "strong")])
+@pytest.mark.parametrize("together", [SERIES, ("base", "plain", "weak", "medium", "strong"), ("base", *ARMS)])
 def test_colours_that_stand_together_stay_apart(theme, vision, together):
     seen = {name: lab(VISION[vision] @ linear(THEMES[theme][name])) for name in together}
     apart = {pair: np.linalg.norm(seen[pair[0]] - seen[pair[1]]) for pair in combinations(together, 2)}

@@ -11,7 +11,7 @@ from keel.rollouts.local import LocalGenerator
 from keel.rollouts.sampling import Sampling
 from keel.rollouts.taught import generate_mixture
 from keel.statistics.engine import Engine
-from keel.statistics.functionals import LogProb
+from keel.statistics.functionals import LogProb, TopK
 
 PROMPTS = [[3, 4, 5], [6], [3, 4, 5, 7]]
 SAMPLING = Sampling(max_completion_length=6)
@@ -42,6 +42,24 @@ def test_what_is_recorded_is_the_mixture_of_what_both_would_say(pair, alpha, tem
     own, teacher = (measured(model, rows, temperature).exp() for model in pair)
     wanted = ((1 - alpha) * own + alpha * teacher).log()
     assert "behaviour" not in rows.logp
+    torch.testing.assert_close(rows.logp["mixture"][rows.mask], wanted[rows.mask], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("share", "temperature"), [(0.125, 1.0), (0.6, 1.7)])
+def test_the_geometric_mixture_is_that_of_each_token(pair, share, temperature):
+    """log q = share log teacher + (1 - share) log policy, normalised at each token: by whole tables of both."""
+    sampling = Sampling(temperature=temperature, max_completion_length=6)
+    own, teacher = (LocalGenerator(model) for model in pair)
+    rows = generate_mixture(
+        own, teacher, share, PROMPTS, 3, sampling, seed=5, step=2, data_index=[0, 1, 2], geometric=True
+    )
+    width = pair[0].vocabulary_size
+    tables = []
+    for model in pair:
+        found = Engine({"policy": model}, temperature=temperature).measure([TopK(width), TopK(width, ids=True)], rows)
+        table = torch.zeros(*rows.tokens.shape, width)
+        tables.append(table.scatter_(-1, found[TopK(width, ids=True)].long(), found[TopK(width)]))
+    wanted = ((1 - share) * tables[0] + share * tables[1]).log_softmax(-1).gather(-1, rows.tokens[..., None])[..., 0]
     torch.testing.assert_close(rows.logp["mixture"][rows.mask], wanted[rows.mask], rtol=1e-4, atol=1e-4)
 
 

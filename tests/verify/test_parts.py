@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tests.worlds import Case, part_cases
+from tests.cases import Case, part_cases
 
 from keel.method import Method
 from keel.verify.population import expected_update

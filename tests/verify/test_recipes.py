@@ -84,8 +84,6 @@ KNOWN = {
     "dph_rl": (0.18, "as grpo"),
     "online_dpo": (0.34, "the better one is always preferred, and a sigmoid of its lead weighs each pair"),
     "self_rewarding": (1.0, "best and worst of all there is; where the policy is its reference, scores are by token"),
-    "nash_md": (TOLERANCE, "the opponents are weighted over the group"),
-    "nash_mp": (TOLERANCE, "as nash_md"),
     "spct": (0.16, "as grpo"),
     "implicit_reward_sft": (0.21, "a completion counts for less, the likelier it has become"),
     # of comparisons: what is left of the gradient at the optimum, over what it is at the reference
