@@ -2,8 +2,8 @@
 
     python -m benchmarks.pictures [--runs FOLDER]
 
-trains two short runs of the built-in model (or takes those of a folder), opens the pages in the system's chromium, and
-writes docs/images/*.png.
+trains two short runs of the built-in model and compares three recipes (or takes what is in a folder), opens the pages
+in the system's chromium, and writes docs/images/*.png.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 import uvicorn
 
 from benchmarks.measuring import ROOT
+from keel.compare.record import names
 from keel.core.errors import UserError
 from keel.store.listing import RolloutFilter, list_rollouts
 from keel.store.store import Store
@@ -27,15 +28,17 @@ from keel.ui.app import create_app
 
 IMAGES = ROOT / "docs" / "images"
 STEPS = 30
+COMPARED = ("grpo", "dr_grpo", "grpo_forward_kl")
 SETTINGS: dict[str, Any] = {"train.max_steps": STEPS, "train.log_completions": 5, "beta": 0.02}
 
 
 def train(folder: Path) -> None:
-    """Two runs with the same settings."""
+    """Two runs with the same settings, and a comparison."""
     import keel
 
     for recipe in ("grpo", "kl_cov"):
         keel.train(recipe, task="countdown", name=recipe, runs=folder, seed=0, **SETTINGS)
+    keel.compare(COMPARED, seeds=3, budget=f"{STEPS}steps", runs=folder)
 
 
 def mixed_group(folder: Path) -> int:
@@ -77,6 +80,10 @@ def draw(folder: Path, images: Path) -> None:
         ("tokens-dark", f"/tokens/{number}/group", phone, "dark", "gradient"),
         ("runs", "/runs", {**wide, "height": 370}, "light", None),
         ("run", "/runs/kl_cov?against=grpo", {**wide, "height": 900}, "light", None),
+        ("compare", f"/compare/{names(folder)[0]}", {**wide, "height": 900}, "light", None),
+        ("verify", "/verify", {**wide, "height": 880}, "light", None),
+        ("method", "/methods/kl_cov", {**wide, "height": 760}, "light", None),
+        ("papers", "/papers?q=KL+divergence+to+a+reference", {**wide, "height": 640}, "light", None),
     ]
     with serving(folder) as address, sync_playwright() as playwright:
         path = shutil.which("chromium") or shutil.which("google-chrome")
@@ -95,7 +102,7 @@ def draw(folder: Path, images: Path) -> None:
 def main() -> None:
     """Train, draw, and say how large the pictures are."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=Path, help="runs named grpo and kl_cov that are there already")
+    parser.add_argument("--runs", type=Path, help="runs grpo and kl_cov, and a comparison, made before")
     parser.add_argument("--to", type=Path, default=IMAGES)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -23,15 +23,20 @@ from fastapi.testclient import TestClient
 
 from benchmarks.measuring import ROOT
 from benchmarks.page import BEGIN, END, processor
+from keel.compare.outcomes import Arm
+from keel.compare.record import Record, folder_of
+from keel.compare.record import place as place_of
 from keel.evaluate.evaluation import Samples, assess
 from keel.store.records import StoredRollout
 from keel.store.store import Store
 from keel.train.configuration import Request, resolve
-from keel.ui.app import create_app, find_pages
+from keel.ui.app import create_app
+from keel.ui.warming import warm
 
 PAGE = ROOT / "docs" / "ui.md"
 RUNS, ROLLOUTS, LARGEST = 1000, 100_000, 10_000  # the last: completions of the largest run
 STEPS, TOKENS = 50, 48
+COMPARED = "five-recipes"
 RECIPES = ("grpo", "dr_grpo", "kl_cov", "rloo", "gspo")
 WORDS = ("so", "we", "take", "the", "first", "number", "and", "then", "add", "it", "to", "gives", "again", "exactly")
 RARE = "thirty-six apples"
@@ -56,6 +61,29 @@ def build(folder: Path, runs: int = RUNS, rollouts: int = ROLLOUTS, largest: int
                 many = [completion(chance, start + i) for i in range(min(500, count - start))]
                 store.log_rollouts(run, 1 + start // 500, many)
             finish(store, run, place)
+        compare(folder, store, configs)
+
+
+def compare(folder: Path, store: Store, configs: dict[str, Any]) -> None:
+    """A comparison of five recipes with five seeds, measured on 256 prompts."""
+    chance, arms = np.random.default_rng(0), tuple(Arm(name, name) for name in RECIPES)
+    conditions = {"budget": f"{STEPS} steps", "settings": {}}
+    record = Record(folder_of(folder, COMPARED), conditions, "countdown", "tiny", arms, tuple(range(5)))
+    for arm in arms:
+        for seed in record.seeds:
+            name = f"cell-{arm.name}-{seed}"
+            run = store.create_run(name, configs[arm.recipe], arm.recipe, "countdown", "tiny", seed)
+            for step in range(1, STEPS + 1):
+                told = curves(Random(seed), step) | {"step_time": 1.0, "num_tokens": 1000.0 * step}
+                store.log_metrics(run, step, told)
+            for phase in ("before", "after"):
+                correct = (chance.random((256, 16)) < chance.random((256, 1))).astype(float)
+                measured = assess(Samples(correct, np.full((256, 16), TOKENS), np.zeros((256, 16), dtype=bool)))
+                store.log_evaluation(run, STEPS, phase, measured.to_json())
+            store.finish(run, "finished", {"num_tokens": 1000 * STEPS, "seconds": float(STEPS), "steps": STEPS})
+            record.cells[place_of(arm.name, seed)] = {"run": name}
+    record.status = "finished"
+    record.write()
 
 
 def curves(chance: Random, step: int) -> dict[str, float]:
@@ -112,14 +140,29 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "search of two letters, the newest 5,000", "/tokens?q=zz"
     yield "one completion, token by token", "/tokens/50000"
     yield "a group side by side", "/tokens/50000/group"
-    for name, module in sorted(find_pages().items(), key=lambda item: item[1].ORDER):
-        if name not in ("runs", "tokens"):
-            yield module.TITLE, f"/{name}"
+    yield "comparisons", "/compare"
+    yield "one comparison of 5 recipes with 5 seeds, first time", f"/compare/{COMPARED}"
+    yield "one comparison, again", f"/compare/{COMPARED}"
+    yield "one comparison by another metric, first time", f"/compare/{COMPARED}?metric=pass%4016"
+    yield "how far its cells are", f"/compare/{COMPARED}/state"
+    yield "verification", "/verify"
+    yield "verification, what falls short, the largest error first", "/verify?status=falls%20short&sort=error"
+    yield "methods", "/methods"
+    yield "methods, a search", "/methods?q=entropy"
+    yield "one method", "/methods/kl_cov"
+    yield "papers", "/papers"
+    yield "papers, a search by meaning", "/papers?q=exploration&mode=semantic"
+    yield "papers, a search by words and meaning", "/papers?q=entropy%20bonus"
+    yield "papers, a search by words", "/papers?q=entropy%20bonus&mode=lexical"
+    yield "papers, trending", "/papers?sort=trending"
+    yield "one paper", "/papers/47"
+    yield "the feed", "/papers/feed.xml"
 
 
 def measure(folder: Path, turns: int) -> list[tuple[str, str, float]]:
     """Median milliseconds of every page, asked in turns; what is said to be the first time is asked once."""
     client: Any = TestClient(create_app(folder), base_url="http://127.0.0.1")
+    warm()  # as the server does while nobody asks
     asked = list(pages())
     taken: dict[str, list[float]] = {said: [] for said, _ in asked}
     for turn in range(turns):
@@ -158,6 +201,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
+        os.environ["KEEL_HOME"] = str(folder / "library")  # where looking at papers is counted
         note = folder / "seconds"
         if not note.exists():
             start = time.perf_counter()

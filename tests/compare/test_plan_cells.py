@@ -118,7 +118,11 @@ WRONG = {
     "unknown": (("grpo", "dr_grop"), {}, "Did you mean 'dr_grpo'"),
     "none": ((), {}, "no recipe is named"),
     "twice": (("grpo", "grpo"), {}, "given twice"),
-    "other data": (("grpo", "dpo"), {}, "grpo draws its own completions and dpo learns from comparisons"),
+    "other data": (
+        ("grpo", "dpo"),
+        {"task": None, "data": "own.jsonl"},
+        "grpo draws its own completions and dpo learns from comparisons",
+    ),
     "nobody has it": (("grpo",), {"swept": {"betta": [1]}}, "Did you mean 'beta'"),
     "a part of a step": (("grpo",), {"budget": "0.5steps"}, "no whole number of steps"),
     "less than a step": (("grpo",), {"budget": "7tokens"}, "draws or reads 8 completions in a step"),
@@ -136,6 +140,15 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(model, name):
     recipes, more, said = WRONG[name]
     with pytest.raises(ConfigError, match=said):
         planned(model, *recipes, **more)
+
+
+def test_other_data_of_one_task_are_told(model):
+    common = {"evaluate.num_prompts": 8, "evaluate.num_generations": 2}
+    both = plan(
+        arms_of(("grpo", "sft"), {})[0], Conditions(Budget.parse("2steps"), TASK, model, settings=tuple(common.items()))
+    )
+    assert [note for note in both.notes if "grpo draws its own completions, sft learns from given" in note]
+    assert not [note for note in planned(model, "grpo", "dr_grpo").notes if "different data" in note]
 
 
 def test_two_arms_that_are_the_same_are_refused(model):

@@ -96,14 +96,14 @@ def test_weights_over_the_others_of_a_group():
 
 def test_draws_follow_the_weights_and_the_row_ids_alone():
     rows = group([0.0, 1.0, 2.0, 0.5])
-    copies = [rows.with_(group=rows.group + i, row=rows.row + 4 * i) for i in range(3000)]
+    copies = [rows.with_(group=rows.group + i, row=rows.row + 4 * i) for i in range(800)]
     many = cat(copies)
-    found = InformedPairs()(many.select(many.group < 1500), Stats(), {}).pairs
-    assert torch.equal(found.chosen, torch.arange(6000)) and bool((found.measure == 1).all())
+    found = InformedPairs()(many, Stats(), {}).pairs
+    assert torch.equal(found.chosen, torch.arange(3200)) and bool((found.measure == 1).all())
     first = found.rejected[found.chosen % 4 == 0] % 4
     law = first.bincount(minlength=4) / len(first)
     wanted = torch.tensor([0.0, np.exp(-1.0), np.exp(-2.0), np.exp(-0.5)])
-    assert torch.allclose(law.double(), wanted / wanted.sum(), atol=0.03)
+    assert torch.allclose(law.double(), wanted / wanted.sum(), atol=0.04)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     two = cat(copies[:2])
     plain, turned = (InformedPairs()(r, Stats(), {}) for r in (two, two.select(order)))

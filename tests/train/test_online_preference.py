@@ -3,7 +3,7 @@
 import pytest
 from tests.slow.learners import comparing, drawn_by_policy
 
-from keel.core.errors import MethodError, TrainingError
+from keel.core.errors import ConfigError, MethodError, TrainingError
 from keel.method import Method
 from keel.models.load import checksum
 from keel.recipes.registry import recipe_named
@@ -63,6 +63,14 @@ def test_opponents_are_drawn_by_whom_the_method_names(recipe, train, monkeypatch
     assert len(asked) == 2 and told(weighted, "grad_norm")[0] > 0
 
 
+def test_the_base_under_an_adapter_draws_alone_and_not_in_a_mixture(train):
+    """With LoRA the reference is the policy's base, which is no model of its own."""
+    run = train("did_dpo", max_steps=1, **{"model.lora_rank": 2, "rollout.num_generations": 3})
+    assert told(run, "pairs/number")[0] > 0 and told(run, "grad_norm")[0] > 0
+    with pytest.raises(ConfigError, match="opponents=0"):
+        train("nash_md", name="mixed", max_steps=1, **{"model.lora_rank": 2, "rollout.num_generations": 3})
+
+
 def test_inpo_learns_from_completions_of_its_last_iteration(train):
     """From step 3 on pi_t, and not the policy, has drawn both: what was drawn has its log-probability."""
     run = train("inpo", every=2, max_steps=4, **{"rollout.num_generations": 4})
@@ -110,15 +118,16 @@ def test_two_judges_are_refused(train):
         train(method.adding(transforms={"more": other}), max_steps=1)
 
 
-SURE = {name: {"label_temperature": 0.0, "beta": 0.01} for name in ("nash_md", "nash_mp")}  # wins by a whole point
+SURE = {"label_temperature": 0.0, "beta": 0.01, "learning_rate": 1e-4}  # wins count whole, and are what is learnt
+OWN = {"nash_md": SURE, "nash_mp": SURE}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in comparing(own_judge=False) if drawn_by_policy(name)])
 def test_the_reward_rises(recipe, train):
     """The built-in model on countdown, 40 batches: the mean reward of the last ten is above that of the first ten."""
-    known = {"rollout.num_prompts": 16, **SURE.get(recipe, {})}
-    run = train(recipe, model="tiny", max_steps=40, learning_rate=3e-4, **known)
+    known = {"rollout.num_prompts": 16, "learning_rate": 3e-4, **OWN.get(recipe, {})}
+    run = train(recipe, model="tiny", max_steps=40, **known)
     reward = told(run, "reward")
     assert sum(reward[-10:]) / 10 > sum(reward[:10]) / 10 + 0.01
 
@@ -127,7 +136,8 @@ def test_the_reward_rises(recipe, train):
 def test_what_the_reference_draws_teaches_by_who_is_rejected(train):
     """The reference draws all of it, so that the policy's own successes are measured apart: they become more."""
     known = {"rollout.num_prompts": 16, "evaluate.before": True, "evaluate.after": True, "evaluate.num_prompts": 128}
-    run = train("did_dpo", model="tiny", max_steps=40, learning_rate=3e-4, label_temperature=0.2, **known)
+    known |= {"label_temperature": 0.2, "rejected": "weighted", "learning_rate": 3e-5}
+    run = train("did_dpo", model="tiny", max_steps=40, **known)
     before, after = (run.evaluations[phase].metrics["pass@1"].value for phase in ("before", "after"))
     assert after > before + 0.01
     margins = told(run, "rewards/margins")

@@ -105,6 +105,7 @@ def test_a_comparison_that_runs_shows_each_cell_as_it_ends(browser, tmp_path):
     runs = build(tmp_path)
     with serving(runs) as own:
         context = browser.new_context()
+        context.add_init_script("const wait = setTimeout; window.setTimeout = (then, ms) => wait(then, ms / 10)")
         page = context.new_page()
         wrong = []
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)

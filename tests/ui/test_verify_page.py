@@ -151,10 +151,10 @@ def test_errors_are_drawn_on_a_logarithmic_axis_with_a_place_for_exact():
     drawn = errors(ROWS)
     on, off = drawn.data
     assert (on["name"], on["x"], on["y"]) == ("on-policy", ["a", "b", "d"], [FLOOR, 0.2, 4.0])
-    assert (off["name"], off["x"], off["y"]) == ("off-policy", ["b", "d"], [0.3, FLOOR])
+    assert (off["name"], off["x"], off["y"]) == ("off-policy", ["b", "d"], [0.3, FLOOR / 2])
     axis = drawn.layout["yaxis"]
     assert axis["type"] == "log" and axis["ticktext"][0] == "exact" and axis["tickvals"][0] == FLOOR < EXACT
-    assert 10 ** axis["range"][0] < FLOOR and 10 ** axis["range"][1] > 4.0
+    assert 10 ** axis["range"][0] < FLOOR / 2 and 10 ** axis["range"][1] > 4.0
     assert drawn.layout["xaxis"]["categoryarray"] == ["a", "b", "d"]
     assert "on-policy: 1 of 3 exact, the largest 4 (d)" in drawn.description
     assert errors([ROWS[2]]) is None

@@ -135,7 +135,7 @@ def plan(arms: Sequence[Arm], conditions: Conditions, skip: int = 0, report: Rep
     Raises:
         UserError: an arm cannot be resolved, two are the same, or they cannot be compared.
     """
-    _check_kinds(arms)
+    _check_kinds(arms, conditions.data)
     given = _shared(conditions, skip)
     setups = {arm.name: _setup(arm, conditions, given, report) for arm in arms}
     lengths = {name: _completion_length(setup) for name, setup in setups.items()}
@@ -234,16 +234,16 @@ _LEARNS_FROM = {
 }
 
 
-def _check_kinds(arms: Sequence[Arm]) -> None:
-    """Before anything is loaded: what they learn from must be of one kind, and leave a policy."""
+def _check_kinds(arms: Sequence[Arm], data: str | None) -> None:
+    """Before anything is loaded: every arm must leave a policy, and data of one's own must serve all."""
     kinds = {arm.name: kind for arm in arms if (kind := _kind(arm)) is not None}
     for name, kind in kinds.items():
         if kind in ("reward", "sampling"):
             raise ConfigError(f"it {_LEARNS_FROM[kind]}, so there is no policy to measure on held-out prompts", name)
         first = next(iter(kinds))
-        if kind != kinds[first]:
+        if data is not None and kind != kinds[first]:
             what = f"{first} {_LEARNS_FROM[kinds[first]]} and {name} {_LEARNS_FROM[kind]}: they need different data"
-            fix = "Equal budgets of different data say nothing about the methods; compare those of one kind."
+            fix = "Compare those of one kind, or on a task that has data of each."
             raise ConfigError(what, "compare", fix)
 
 
@@ -301,6 +301,10 @@ def _notes(setups: Mapping[str, Setup], budget: Budget) -> list[str]:
     if budget.unit == "steps" and len(set(sizes.values())) > 1:
         said = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         found.append(f"a step is not the same for all: completions in a step are {said}; a budget of tokens is")
+    kinds = {name: setup.config.method.kind for name, setup in setups.items()}
+    if len(set(kinds.values())) > 1:
+        said = ", ".join(f"{name} {_LEARNS_FROM[kind]}" for name, kind in kinds.items())
+        found.append(f"they learn from different data, so that a difference may be that of the data: {said}")
     schedules = {setup.config.train.lr_scheduler for setup in setups.values()}
     if budget.unit == "seconds" and schedules != {"constant"}:
         found.append("the learning rate follows the seconds that are spent, so that no two runs are bit for bit alike")

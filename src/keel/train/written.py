@@ -51,7 +51,8 @@ def written_rows(
     source = session.sources[model].model
     if share < 1 and isinstance(source, AdapterView):
         what = f"'{model}' is the policy's base under its adapter, which does not write together with the policy"
-        raise ConfigError(what, "rollout", f"Name a folder or a hub name (models.{model}.path), or mix nothing.")
+        fix = "Train without LoRA, or draw no mixture (opponents=0 of nash_md, alpha=0 of minillm)."
+        raise ConfigError(what, "rollout", fix)
     with writer(source, f"models.{model}") as writing:
         drawing = choose_generator(writing, session.config.train.generator)
         if share == 1:

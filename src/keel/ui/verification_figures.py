@@ -12,6 +12,7 @@ from keel.verify.measured import Measured, PlacementError, Row
 
 EXACT = 1e-6  # an error below it is none
 FLOOR = 1e-7  # where those are drawn
+APART = 0.5  # factor between those of one kind and of the next, so that none hides another
 NAMED = 24  # recipes up to which each is named on the axis
 
 KINDS: Mapping[str, Callable[[Row], float | None]] = {
@@ -28,11 +29,11 @@ def errors(rows: Sequence[Row]) -> Figure | None:
         return None
     names = [row.label for row in shown]
     data, said = [], []
-    for (kind, read), colour, marker in zip(KINDS.items(), SERIES, MARKERS, strict=False):
+    for place, (kind, read) in enumerate(KINDS.items()):
         known = [(row.label, value) for row in shown if (value := read(row)) is not None]
         if not known:
             continue
-        data.append(_dots(kind, [name for name, _ in known], [value for _, value in known], colour, marker))
+        data.append(_dots(kind, [name for name, _ in known], [value for _, value in known], place))
         exact = sum(value < EXACT for _, value in known)
         largest = max(known, key=lambda item: item[1])
         said.append(f"{kind}: {exact} of {len(known)} exact, the largest {largest[1]:.2g} ({largest[0]})")
@@ -57,7 +58,7 @@ def cosines(rows: Sequence[Row]) -> Figure | None:
     aligned = sum(value > 0.999 for value in values)
     lowest = f"{min(values):.2f}".replace("-", "−")
     told = f"{aligned} of {len(values)} above 0.999; lowest {lowest}, {worst.label}"
-    trace = _dots("on-policy", [row.label for row in shown], values, SERIES[0], MARKERS[0])
+    trace = _dots("on-policy", [row.label for row in shown], values)
     trace |= {"y": values, "hovertemplate": "%{x}: %{y:.4f}<extra></extra>"}
     y = {"title": "cosine", "range": [min(0.0, min(values)) - 0.05, 1.05]}
     names = _names([row.label for row in shown])
@@ -112,13 +113,14 @@ def _with_legend(x: dict[str, Any], lines: int) -> dict[str, Any]:
     return layout(x, _log_axis(1.0), showlegend=True, height=420 + 10 * lines)
 
 
-def _dots(name: str, x: Sequence[str], y: Sequence[float], colour: str, marker: str) -> dict[str, Any]:
+def _dots(name: str, x: Sequence[str], y: Sequence[float], place: int = 0) -> dict[str, Any]:
+    colour, marker = SERIES[place], MARKERS[place]
     return {
         "type": "scatter",
         "mode": "markers",
         "name": name,
         "x": list(x),
-        "y": [_drawn(value) for value in y],
+        "y": [_drawn(value, place) for value in y],
         "customdata": [_told(value) for value in y],
         "marker": {"color": f"@{colour}", "symbol": marker, "size": 8, "line": {"color": "@surface", "width": 1}},
         "hovertemplate": "%{x}: %{customdata}<extra>" + name + "</extra>",
@@ -144,7 +146,7 @@ def _log_axis(highest: float) -> dict[str, Any]:
     return {
         "title": "relative error",
         "type": "log",
-        "range": [log10(FLOOR) - 0.25, log10(highest) + 0.2],
+        "range": [log10(FLOOR * APART ** len(KINDS)), log10(highest) + 0.2],
         "tickvals": [FLOOR, *shown],
         "ticktext": ["exact", *(f"{power:g}" for power in shown)],
     }
@@ -154,8 +156,8 @@ def _above() -> dict[str, Any]:
     return {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"color": "@ink"}}
 
 
-def _drawn(value: float) -> float:
-    return FLOOR if value < EXACT else value
+def _drawn(value: float, place: int = 0) -> float:
+    return FLOOR * APART**place if value < EXACT else value
 
 
 def _told(value: float) -> str:
