@@ -80,7 +80,7 @@ def draw(folder: Path, images: Path) -> None:
         ("tokens-dark", f"/tokens/{number}/group", phone, "dark", "gradient"),
         ("runs", "/runs", {**wide, "height": 370}, "light", None),
         ("run", "/runs/kl_cov?against=grpo", {**wide, "height": 900}, "light", None),
-        ("compare", f"/compare/{names(folder)[0]}", {**wide, "height": 900}, "light", None),
+        ("compare", f"/compare/{names(folder)[0]}#report", {**wide, "height": 980}, "light", None),
         ("verify", "/verify", {**wide, "height": 880}, "light", None),
         ("method", "/methods/kl_cov", {**wide, "height": 760}, "light", None),
         ("papers", "/papers?q=KL+divergence+to+a+reference", {**wide, "height": 640}, "light", None),

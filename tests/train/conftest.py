@@ -3,8 +3,10 @@
 from functools import partial
 
 import pytest
+from tests.train.judging import plus
 
 from keel.models.tiny import TinyConfig
+from keel.parts.rewards.score import score
 from keel.recipes.registry import recipes
 from keel.tasks.load import load_task
 from keel.train.base import BaseRecipe, ensure_base
@@ -41,11 +43,16 @@ def teacher(base, tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def _few_comparisons(monkeypatch, request):
-    """The built-in comparisons of tests are few, and outside slow ones the small base draws them."""
+    """The built-in comparisons of tests are few, and outside slow ones the small base draws them.
+
+    Training the built-in model would take longer than all tests of the loop together.
+    """
     monkeypatch.setattr("keel.train.comparisons.PROMPTS", 64)
     monkeypatch.setattr("keel.train.comparisons.HELD_OUT", 16)
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr("keel.train.comparisons.ensure_base", partial(ensure_base, how=SMALL_BASE))
+        compared = lambda rewards, *rest: score(dict.fromkeys(rewards, plus), *rest)  # noqa: E731
+        monkeypatch.setattr("keel.train.comparisons.score", compared)
 
 
 @pytest.fixture

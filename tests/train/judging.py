@@ -1,4 +1,4 @@
-"""Pairwise judges for the tests, as a worker process finds them."""
+"""Judges for the tests, pairwise ones as a worker process finds them."""
 
 
 def shorter(prompts, firsts, seconds):
@@ -20,3 +20,8 @@ def too_large(prompts, firsts, seconds):
 def raises(prompts, firsts, seconds):
     """Fails for every group but those whose first prompt it has seen."""
     raise RuntimeError("the judge is ill")
+
+
+def plus(completions, **_):
+    """Correct is what adds, and nothing else: a rule that the small base meets now and then."""
+    return [float("+" in text and "-" not in text) for text in completions]

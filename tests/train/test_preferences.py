@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.train.judging import plus
 
 from keel.core.errors import ConfigError, DataError
 from keel.models.language import LanguageModel
@@ -285,11 +286,6 @@ def test_what_cannot_be_precomputed(where, train):
 def test_the_rule():
     drawn = Drawn(0, ("1+2", "3", "1+1+1", "9"), (1.0, 1.0, 1.0, 0.0))
     assert drawn.ranks() == (2.0, 3.0, 1.0, 0.0)
-
-
-def plus(completions, **_):
-    """Correct is what adds, and nothing else."""
-    return [float("+" in text and "-" not in text) for text in completions]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def test_the_commands_run(tmp_path):
     text = README.read_text()
     commands = re.findall(r"^\$ (keel .*?)(?:  +#.*)?$", text, re.MULTILINE)
     commands = [command for command in commands if command != "keel ui"]  # which serves until it is stopped
-    assert len(commands) == 12
+    assert len(commands) == 14
     for command in commands:
         arguments = [sys.executable, "-m", "keel.cli.main", *shlex.split(command)[1:]]
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=900, cwd=tmp_path)

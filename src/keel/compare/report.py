@@ -260,11 +260,15 @@ def _cells(analysis: Analysis) -> str:
 
 
 def _remarks(comparison: Comparison, analysis: Analysis) -> str:
-    said = [
-        *remarks(comparison, analysis),
-        "Intervals hold the true value in at least 19 of 20 comparisons: Student's t over the seeds, widened by what "
-        "the prompts add. Differences are paired: the same seeds, the same prompts.",
-    ]
+    said = remarks(comparison, analysis)
+    if any(len(e.seeds) > 1 for e in analysis.estimates):
+        said.append(
+            "Intervals are 95%: Student's t over the seeds, widened by what the prompts add; those of means hold the "
+            "true value in at least 19 of 20 repetitions, with 3 seeds too. Differences are paired: the same seeds, "
+            "the same prompts."
+        )
+    if not said:
+        return ""
     return "<h2>Notes</h2>\n<ul>" + "".join(f"<li>{prose(sentence)}</li>" for sentence in said) + "</ul>"
 
 
