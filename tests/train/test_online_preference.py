@@ -118,18 +118,19 @@ def test_two_judges_are_refused(train):
         train(method.adding(transforms={"more": other}), max_steps=1)
 
 
-SURE = {"label_temperature": 0.0, "beta": 0.01, "learning_rate": 1e-4}  # wins count whole, and are what is learnt
-OWN = {"nash_md": SURE, "nash_mp": SURE}
+def multiplies(completions, **_):
+    """A reward that some four in ten completions of the built-in model meet."""
+    return [float("*" in text) for text in completions]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in comparing(own_judge=False) if drawn_by_policy(name)])
 def test_the_reward_rises(recipe, train):
-    """The built-in model on countdown, 40 batches: the mean reward of the last ten is above that of the first ten."""
-    known = {"rollout.num_prompts": 16, "learning_rate": 3e-4, **OWN.get(recipe, {})}
-    run = train(recipe, model="tiny", max_steps=40, **known)
+    """The built-in model, 30 batches: from the first five to the last ten, by more than chance would move it."""
+    known = {"rollout.num_prompts": 16, "learning_rate": 3e-4, "reward": multiplies}
+    run = train(recipe, model="tiny", max_steps=30, **known)
     reward = told(run, "reward")
-    assert sum(reward[-10:]) / 10 > sum(reward[:10]) / 10 + 0.01
+    assert sum(reward[-10:]) / 10 > sum(reward[:5]) / 5 + 0.08
 
 
 @pytest.mark.slow
