@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import torch
 from transformers.utils import logging
 
-from benchmarks import head, page, pairs, sampling, start, step
+from benchmarks import distillation, head, page, pairs, sampling, start, step
 from benchmarks.measuring import Row, as_json
+
+PARTS = ("start", "head", "distillation", "sampling", "step", "pairs")
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -21,6 +23,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
         yield from start.rows(**turns, threads=arguments.threads)
     if wanted in ("all", "head"):
         yield from head.rows(**turns, threads=arguments.threads)
+    if wanted in ("all", "distillation"):
+        yield from distillation.rows(min(3, arguments.repeats), arguments.threads)
     if wanted in ("all", "sampling"):
         yield from sampling.rows(**model, **turns, batch=arguments.batch)
     if wanted in ("all", "step"):
@@ -39,7 +43,7 @@ def line(row: Row) -> str:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["all", "sampling", "step", "pairs", "head", "start"])
+    parser.add_argument("what", nargs="?", default="all", choices=["all", *PARTS])
     parser.add_argument("--shape", choices=["1M", "10M"])
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--batch", type=int)

@@ -1,9 +1,8 @@
 """Distillation over a vocabulary of 32,768: the engine's chunks against materialised logits of both models.
 
-`python -m benchmarks.distillation` prints extra memory and time of one update for each divergence.
+`python -m benchmarks distillation` prints extra memory and time of one update for each divergence.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 
@@ -23,15 +22,15 @@ from keel.statistics.stats import Stats
 KINDS = ("kl_ref_policy", "kl_policy_ref", "js")
 TOKENS, LENGTH = 4096, 128
 GOAL = 30.0  # times less memory
-CHUNK = 3.0  # train.chunk_megabytes; at the default of 10 js takes three times as much
-COMMAND = "python -m benchmarks.distillation"
+CHUNK: float | None = None  # train.chunk_megabytes
+COMMAND = "python -m benchmarks distillation"
 
 
 def engine_way(kind: str, policy: States, teacher: States, rows: Rows) -> Callable[[], Tensor]:
     """An update as the loop makes it."""
     term = {"distil": Summand(TeacherDivergence(kind), 1.0)}
     method = Method(kind="distillation", models={"teacher": Pretrained("teacher")}, terms=term)
-    chunk = int(CHUNK * 2**20)
+    chunk = None if CHUNK is None else int(CHUNK * 2**20)
     engine, needs = Engine({"policy": policy, "teacher": teacher}, chunk_bytes=chunk), method.live_needs()
 
     def run() -> Tensor:
@@ -89,7 +88,7 @@ def measure(kind: str, repeats: int, threads: int, tokens: int, vocabulary: int)
         gradients.append(batch[0].states.grad)
     apart = float((gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max())
     work, accuracy = f"{kind} to a teacher, {tokens} tokens, vocabulary {vocabulary}", f"gradients to {apart:.0e}"
-    setting = f"train.chunk_megabytes={CHUNK:g}"
+    setting = "default" if CHUNK is None else f"train.chunk_megabytes={CHUNK:g}"
     mega = [extra[way] / 2**20 for way in ("engine", "materialised")]
     yield Row(f"{work}: extra memory", setting, *mega, "MiB", mega[1] / mega[0], GOAL, "", COMMAND)
     spent = medians([theirs, ours], repeats, warm=0)
@@ -111,21 +110,3 @@ def memory(way: str, kind: str, tokens: int, vocabulary: int) -> None:
     with PeakMemory() as peak:
         run()
     print(json.dumps({"extra": peak.extra}))
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for row in rows(arguments.repeats, arguments.threads, arguments.tokens, arguments.vocabulary):
-        goal = "" if row.goal is None else f" (to reach {row.goal:g})"
-        print(f"{row.ratio:7.2f} x{goal} {row.ours:10,.1f} {row.theirs:10,.1f} {row.unit}  {row.work} {row.accuracy}")
-
-
-if __name__ == "__main__":
-    main()

@@ -84,7 +84,7 @@ def test_the_automatic_size_keeps_a_small_vocabulary_in_one_chunk(monkeypatch):
     engine = Engine({"policy": Table("policy", torch.float32)})
     batch = engine._forward(rows(), torch.arange(ROWS), [LogProb()], grad=False)
     assert list(engine._chunks(batch, [LogProb()])) == [(0, 64)]
-    assert engines.CHUNK_BYTES_CPU // (4 * 64) == 40960
+    assert engines.CHUNK_BYTES_CPU // (4 * 64) == 32768
     monkeypatch.setattr(engines, "CHUNK_BYTES_CPU", 4 * VOCABULARY * 48)
     assert list(engine._chunks(batch, [LogProb()])) == [(0, 48), (48, 64)]
 

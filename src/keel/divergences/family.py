@@ -6,7 +6,7 @@ The names say the order of the arguments, because "forward" and "reverse" change
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,6 +56,7 @@ _DUAL = {
 }
 _OWN: dict[str, Generator] = {}
 NAMES = (*_PLAIN, *_WITH_PARAMETER)
+_BLOCK = 1 << 18  # numbers
 _FAR = 1e8  # a log-ratio whose powers still fit fp32
 
 
@@ -263,31 +264,38 @@ class FDivergence:
         """
         g = self.generator
         if g.terms_ is not None:
-            terms = g.terms_(log_u, p, q)
-        elif g.terms is not None:
-            terms = g.terms(log_u, p, q)
-        else:
-            less, more = log_u.clamp(max=0), log_u.clamp(min=0)
-            terms = torch.where(log_u > 0, _product(p, g.f_over_u(more)), _product(q, g.f(less)))
-        return self.scale * terms.sum(-1)
+            return self.scale * g.terms_(log_u, p, q).sum(-1)
+        parts = [self._terms(*part).sum(-1) for part in _blocks(log_u, p, q)]
+        return self.scale * (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+
+    def _terms(self, log_u: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        g = self.generator
+        if g.terms is not None:
+            return g.terms(log_u, p, q)
+        less, more = log_u.clamp(max=0), log_u.clamp(min=0)
+        return torch.where(log_u > 0, _product(p, g.f_over_u(more)), _product(q, g.f(less)))
 
     def slopes_(
         self, log_u: Float[Tensor, "n V"], p: Float[Tensor, "n V"], q: Float[Tensor, "n V"]
     ) -> Float[Tensor, "n V"]:
         """p f'(u) where `value_` is finite; log u is written over. `gradient` is what of it is across p."""
-        g = self.generator
-        if g.slopes_ is not None:
-            slopes = g.slopes_(log_u, p, q)
-        elif g.slopes is not None:
-            slopes = g.slopes(log_u, p, q)
+        if self.generator.slopes_ is not None:
+            self.generator.slopes_(log_u, p, q)
         else:
-            less, more = log_u.clamp(max=0), log_u.clamp(min=0)
-            slopes = torch.where(log_u > 0, _product(p, g.f_prime(more)), _product(q, g.u_f_prime(less)))
-        return slopes if self.scale == 1.0 else slopes.mul_(self.scale)
+            for part, p_part, q_part in _blocks(log_u, p, q):
+                part.copy_(self._slopes(part, p_part, q_part))
+        return log_u if self.scale == 1.0 else log_u.mul_(self.scale)
+
+    def _slopes(self, log_u: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        g = self.generator
+        if g.slopes is not None:
+            return g.slopes(log_u, p, q)
+        less, more = log_u.clamp(max=0), log_u.clamp(min=0)
+        return torch.where(log_u > 0, _product(p, g.f_prime(more)), _product(q, g.u_f_prime(less)))
 
     @property
-    def slopes_read_q(self) -> bool:
-        """Whether `slopes_` reads q."""
+    def reads_q(self) -> bool:
+        """Whether `value_` and `slopes_` read q."""
         return self.name != "kl_policy_ref"
 
 
@@ -350,6 +358,12 @@ def _with_limits(log_u: Tensor, values: Tensor, at_zero: float, at_infinity: flo
 def _times(weight: Tensor, constant: float) -> Tensor:
     """weight * constant, 0 where the weight is 0."""
     return weight * constant if math.isfinite(constant) else torch.where(weight > 0, constant, 0.0).to(weight)
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same outcomes of each, few enough that what is made of them stays in the cache."""
+    width = max(1, _BLOCK // max(1, len(tensors[0])))
+    return zip(*(t.split(width, -1) for t in tensors), strict=True)
 
 
 def _product(weight: Tensor, values: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from keel.statistics.stats import Stats, packed, slots_of
 from keel.statistics.workspace import Workspace
 
 LIVE = "policy"
-CHUNK_BYTES, CHUNK_BYTES_CPU = 64 << 20, 10 << 20
+CHUNK_BYTES, CHUNK_BYTES_CPU = 64 << 20, 8 << 20
 WIDE = 1 << 20  # weights of a head from which on the faster products pay
 AGAIN = 0.6  # share of rows up to which it is cheaper to go forward again with these than backward with all
 Loss = Callable[[Rows, Stats], Tensor]
@@ -57,7 +57,7 @@ class Engine:
         heads: the method's own modules, by name; one with a method `hidden(rows)` has a body of its own.
         temperature: of the softmax of every model.
         max_tokens: tokens of a micro-batch, padding included.
-        chunk_bytes: memory for one copy of a chunk's logits; None is 10 MiB on a CPU, where it should stay near the
+        chunk_bytes: memory for one copy of a chunk's logits; None is 8 MiB on a CPU, where it should stay near the
             cache, and 64 MiB on an accelerator.
         dropout: train with the policy's dropout; its randomness is replayed in the second pass.
     """

@@ -179,8 +179,8 @@ class Divergence:
     def __call__(self, at: Positions) -> Float[Tensor, "n"]:
         kind, (own, other) = f_divergence(self.kind), self._heats
         if not at.differentiable:
-            log_u = at.log_ratio(self.first, self.against, own, other)
-            value = kind.value_(log_u, at.probs(self.first, own), at.probs(self.against, other))
+            log_u, p = at.log_ratio(self.first, self.against, own, other), at.probs(self.first, own)
+            value = kind.value_(log_u, p, at.probs(self.against, other) if kind.reads_q else p)
             at.give(log_u)
             if at.row(self._moderate, lambda: bool((value.abs() < LARGEST).all())):
                 return value
@@ -202,7 +202,7 @@ class Divergence:
             dlogits.addcmul_(slope.to(dlogits.dtype), grad[:, None])
             return
         log_u, p = at.log_ratio(self.first, self.against, own, other), at.probs(self.first, own)
-        slopes = kind.slopes_(log_u, p, at.probs(self.against, other) if kind.slopes_read_q else p)
+        slopes = kind.slopes_(log_u, p, at.probs(self.against, other) if kind.reads_q else p)
         dlogits.addcmul_(slopes, grad[:, None])
         at.add_along(self.first, own, -grad * slopes.sum(-1))
         at.give(log_u)

@@ -91,7 +91,7 @@ class TrainSettings(Section):
         max_length: tokens of prompt and completion at most, for data from files; None is the model's context.
         precompute_reference: of comparisons, measure what models that do not move say of them once, before the first
             step, in place of once in every step.
-        chunk_megabytes: memory for one copy of the logits; None takes what is fast: 10 on a CPU, 64 on an accelerator.
+        chunk_megabytes: memory for one copy of the logits; None takes what is fast: 8 on a CPU, 64 on an accelerator.
         dropout: train with the model's dropout.
         dynamic_sampling: replace tied groups by new prompts.
         max_rounds: rollouts at most for one batch.
