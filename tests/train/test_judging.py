@@ -28,7 +28,7 @@ def by_length(prompts, completions, **columns):
 
 
 def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def apart(path) -> list[dict]:
@@ -318,3 +318,26 @@ def test_a_judge_that_scores_nothing_fails_with_its_reason(tmp_path):
     assert json.loads(found.stdout)["failed"] == 5
     tied = run("tied")
     assert tied.exit_code == 0 and "5 of 5 items are undecided: 5 tied" in tied.stderr
+
+
+def test_resuming_asks_again_where_the_judge_failed_and_nowhere_else(tmp_path):
+    """Also of an item whose text holds the characters that Unicode, but not JSON lines, takes for the end of a line."""
+    rows = [*ROWS, {"prompt": "q\u2028\x856", "completions": ["a", "bbb"]}]
+    out, whole, asked, ill = tmp_path / "out.jsonl", tmp_path / "whole.jsonl", [], [True]
+
+    def judged(prompts, completions, **columns):
+        asked.extend(prompts)
+        if ill[0] and "q2" in prompts:
+            raise RuntimeError("the judge is ill")
+        return by_length(prompts, completions)
+
+    judge(rows, whole, by_length, batch_size=1)
+    facts = judge(rows, out, _Dying(judged), batch_size=1)
+    assert facts["failed"] == 1 and [line["reason"] for line in apart(out)].count("failed") == 1
+    asked.clear()
+    ill[0] = False
+    facts = judge(rows, out, _Dying(judged), resume=True)
+    assert set(asked) == {"q2"} and facts["failed"] == 0 and facts["resumed"] == 5
+    key = {"key": lambda line: line["judged"]}
+    assert sorted(lines(out), **key) == sorted(lines(whole), **key)
+    assert sorted(apart(out), **key) == sorted(apart(whole), **key)

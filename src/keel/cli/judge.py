@@ -57,7 +57,9 @@ def judge(
     least_gap: Annotated[float, typer.Option("--least-gap", min=0, help="Scores up to so far apart are tied.")] = 0.0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Items that are written together.")] = 64,
     timeout: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds for a call of --reward.")] = 60.0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a file that is there.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a file that is there, and ask again where the judge failed.")
+    ] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -101,5 +103,5 @@ def judge(
     report("done", {})
     print_facts(facts, as_json)
     if facts["items"] and facts["failed"] + facts["unparsable"] == facts["items"]:
-        fix = f"The reasons are above, and in {path}.undecided.jsonl. Remove both files before you judge again."
+        fix = f"The reasons are above, and in {path}.undecided.jsonl. Once the judge works, go on with --resume."
         raise RewardError(f"the judge has scored none of the {facts['items']:.0f} items", str(path), fix)

@@ -11,8 +11,10 @@ from typing import Any, Literal
 from keel.core.errors import ConfigError, DataError
 from keel.tasks.reading import Row, answer_problems, checked_rows, data_label, has_nan, opened, text_problems
 from keel.tasks.task import Text, completion_text
+from keel.train.checkpoint import write_text
 
 Ties = Literal["apart", "half"]
+FAILED = "failed"  # reason of those that a judge raised an error for
 KEY = "judged"  # column of every line that is written: which item it is
 SHOWN = 160  # characters of a judge's words on the screen
 _OWN = ("prompt", "completion", "completions", "chosen", "rejected", "scores", "score_chosen", "score_rejected", KEY)
@@ -205,15 +207,15 @@ def _undecided(target: Path) -> Path:
 
 
 def begin(target: Path, settings: Mapping[str, Any], resume: bool) -> set[str]:
-    """The items that are done; new files where there are none.
+    """The items that are done; new files where there are none. Those whose judge failed are to be asked again.
 
     Raises:
         ConfigError: there are some and `resume` is off, or another judge wrote them.
     """
     stated = target.with_name(f"{target.name}.judge.json")
     plain = json.loads(json.dumps(settings))
-    paths = (target, _undecided(target))
-    if any(path.exists() for path in paths) and not resume:
+    apart = _undecided(target)
+    if (target.exists() or apart.exists()) and not resume:
         raise ConfigError("exists already", str(target), "Choose another file, or give --resume to go on with it.")
     if stated.exists() and resume:
         known = json.loads(stated.read_text(encoding="utf-8"))
@@ -223,11 +225,11 @@ def begin(target: Path, settings: Mapping[str, Any], resume: bool) -> set[str]:
             raise ConfigError(what, str(target), "Give the same settings, or another file.")
     target.parent.mkdir(parents=True, exist_ok=True)
     stated.write_text(json.dumps(plain, indent=1, ensure_ascii=False), encoding="utf-8")
-    return {key for path in paths for key in _keys(path)}
+    return {*_keys(target), *_keys(apart, but=FAILED)}
 
 
-def _keys(path: Path) -> list[str]:
-    """Of the lines of a file; one that a kill cut off at the end is removed.
+def _keys(path: Path, but: str | None = None) -> list[str]:
+    """Of the lines of a file. One that a kill cut off at the end is removed, and those for the reason `but`.
 
     Raises:
         DataError: the file holds something else.
@@ -237,9 +239,12 @@ def _keys(path: Path) -> list[str]:
         return []
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        path.write_bytes(whole)
     try:
-        return [str(json.loads(line)[KEY]) for line in whole.decode().splitlines()]
+        rows = [(line, json.loads(line)) for line in whole.splitlines(keepends=True)]
+        kept = [(line, str(row[KEY])) for line, row in rows if but is None or row.get("reason") != but]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"is no file of `keel judge`: it has lines without '{KEY}'", str(path), "Move it.") from error
+    left = b"".join(line for line, _ in kept)
+    if len(left) < len(text):
+        write_text(path, left.decode())
+    return [key for _, key in kept]

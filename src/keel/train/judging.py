@@ -1,6 +1,6 @@
 """Labelling completions by a judge: from a file of prompts with completions to one that preference methods learn from.
 
-    PATH                     what was decided, one line an item, in the order of the data
+    PATH                     what was decided, one line an item, in the order of the data; --resume appends
     PATH.undecided.jsonl     ties, what could not be read, and failures, each with its reason and what the judge said
     PATH.judge.json          the settings, so that nobody goes on with another judge
 
@@ -21,7 +21,7 @@ from keel.parts.rewards.judges import PAIRWISE, WITHOUT_REFERENCE, DigitJudge, P
 from keel.parts.rewards.named import guarded
 from keel.parts.rewards.score import score
 from keel.tasks.data import DataTask
-from keel.train.judgements import Counts, Item, Judged, Ties, begin, read_items, write
+from keel.train.judgements import FAILED, Counts, Item, Judged, Ties, begin, read_items, write
 from keel.train.session import Reporter, silent
 from keel.train.setup import model_source
 
@@ -74,7 +74,8 @@ def judge(
         seed: of drawn answers and of orders.
         batch_size: items that are judged and written together.
         timeout: seconds for a call of a reward function.
-        resume: go on with a file that is there; what it has is not judged again.
+        resume: go on with a file that is there; what it has is not judged again, but for those whose judge failed,
+            whose lines then stand last.
         report: called with (event, facts).
 
     Returns:
@@ -146,7 +147,7 @@ def _by_reward(function: Any, items: Sequence[Item]) -> list[Judged]:
         own = [place for place, number in enumerate(group) if number == i]
         values = [float(found.values[place, 0]) for place in own]
         if any(bool(found.failed[place]) for place in own):
-            out.append(Judged(None, "failed", (reason,)))
+            out.append(Judged(None, FAILED, (reason,)))
         elif any(math.isnan(value) for value in values):
             out.append(Judged(None, "unparsable", ("the reward does not apply",)))
         else:
