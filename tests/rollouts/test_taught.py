@@ -5,6 +5,7 @@ import torch
 
 from keel.core.errors import UserError
 from keel.core.rows import Rows
+from keel.models.adapters import AdapterView, LoRA, add_lora
 from keel.models.language import LanguageModel
 from keel.models.tiny import SMALL, build_tiny
 from keel.rollouts.local import LocalGenerator
@@ -68,6 +69,25 @@ def test_at_the_ends_one_of_the_two_writes_alone(pair, alpha, who):
     rows = drawn(pair, alpha)
     alone = LocalGenerator(pair[who]).generate(PROMPTS, 3, SAMPLING, seed=5, step=2, data_index=[0, 1, 2])
     assert torch.equal(rows.tokens, alone.tokens) and torch.equal(rows.row, alone.row)
+
+
+@pytest.mark.parametrize("geometric", [False, True])
+def test_a_policy_under_an_adapter_writes_with_its_own_base(pair, geometric):
+    """As with a copy of the base beside it; afterwards the adapter is on."""
+    base = pair[0].copy()
+    policy = LanguageModel(add_lora(pair[0].copy().module, LoRA(rank=2)), pair[0].tokenizer)
+    with torch.no_grad():
+        for name, weight in policy.module.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    own, seen = LocalGenerator(policy), AdapterView(policy)
+    asked = 0.5, PROMPTS, 3, SAMPLING
+    known = {"seed": 5, "geometric": geometric}
+    rows = generate_mixture(own, LocalGenerator(policy), *asked, **known, view=seen)
+    beside = generate_mixture(own, LocalGenerator(base), *asked, **known)
+    assert torch.equal(rows.tokens, beside.tokens)
+    torch.testing.assert_close(rows.logp["mixture"], beside.logp["mixture"], rtol=1e-4, atol=1e-5)
+    assert float((measured(policy, rows) - measured(base, rows)).abs().max()) > 0.01
 
 
 def test_neither_order_nor_company_matters(pair):

@@ -63,12 +63,13 @@ def test_opponents_are_drawn_by_whom_the_method_names(recipe, train, monkeypatch
     assert len(asked) == 2 and told(weighted, "grad_norm")[0] > 0
 
 
-def test_the_base_under_an_adapter_draws_alone_and_not_in_a_mixture(train):
+@pytest.mark.parametrize(("recipe", "options"), [("did_dpo", {}), ("nash_md", {"opponents": 3, "reward": brief})])
+def test_the_base_under_an_adapter_draws_alone_and_in_a_mixture(train, recipe, options):
     """With LoRA the reference is the policy's base, which is no model of its own."""
-    run = train("did_dpo", max_steps=1, **{"model.lora_rank": 2, "rollout.num_generations": 3})
-    assert told(run, "pairs/number")[0] > 0 and told(run, "grad_norm")[0] > 0
-    with pytest.raises(ConfigError, match="opponents=0"):
-        train("nash_md", name="mixed", max_steps=1, **{"model.lora_rank": 2, "rollout.num_generations": 3})
+    settings = {"model.lora_rank": 2, "rollout.num_generations": 3}
+    run = train(recipe, max_steps=2, **options, **settings)
+    assert max(told(run, "grad_norm")) > 0
+    assert recipe == "nash_md" or told(run, "pairs/number")[0] > 0
 
 
 def test_inpo_learns_from_completions_of_its_last_iteration(train):
@@ -253,7 +254,6 @@ def test_rounds_without_a_judge_are_repeatable(base, tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"completions": 1}, {"num_prompts": 0}])
 def test_rounds_out_of_range(base, tmp_path, wrong):
-    from keel.core.errors import ConfigError
     from keel.train.self_rewarding import self_reward
 
     with pytest.raises(ConfigError, match="at least"):

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from keel.core.choice import counter_seed, uniforms
 from keel.core.drawing import draw
+from keel.core.policy import Head
 from keel.core.registry import part
 from keel.core.rows import Rows
+from keel.models.adapters import AdapterView
 from keel.models.language import LanguageModel
 from keel.rollouts.caches import Workspace
 from keel.rollouts.decoding import Chooser, Prompts, Stepper, decode
@@ -119,11 +121,13 @@ def generate_mixture(
     step: int = 0,
     data_index: Sequence[int] | None = None,
     geometric: bool = False,
+    view: AdapterView | None = None,
 ) -> Rows:
     """Completions of a mixture of two models, which read each other's tokens; see `Generator` and `WrittenBy`.
 
     Args:
         geometric: mix log-probabilities at each token, as `CompletionsOf` does, in place of probabilities.
+        view: as which the teacher is seen, where it is the policy with another adapter or with none.
 
     Raises:
         UserError: prompts that do not fit the context or the vocabulary of either.
@@ -134,8 +138,10 @@ def generate_mixture(
     Prompts.of(teacher.model, prompts, num_generations, room, **known)  # type: ignore[arg-type]  # that they fit
     length = asked.ids.shape[1] + room
     with evaluating(policy.model), evaluating(teacher.model):
-        stepper = _Both(policy.stepper(length, Workspace()), teacher.stepper(length, Workspace()))
-        chooser = _Mixing(policy.model, teacher.model, alpha, sampling, asked.row, geometric)
+        other = teacher.stepper(length, Workspace()) if view is None else _Seen.of(teacher, view, length)
+        stepper = _Both(policy.stepper(length, Workspace()), other)
+        heads = policy.model.head, teacher.model.head if view is None else view.head
+        chooser = _Mixing((policy.model, teacher.model), heads, alpha, sampling, asked.row, geometric)
         rows = asked.rows(decode(stepper, policy.model, asked, sampling, chooser=chooser), policy.model.pad_id)
     return rows.with_(logp={"mixture": rows.logp["behaviour"]})
 
@@ -164,27 +170,57 @@ class _Both:
         return type(self)(self.first.fork(index), self.second.fork(index))
 
 
+class _Seen:
+    """A stepper of a model whose adapters are, while it runs, those of a view."""
+
+    def __init__(self, stepper: Stepper, view: AdapterView):
+        self.stepper, self.view = stepper, view
+
+    @classmethod
+    def of(cls, generator: LocalGenerator, view: AdapterView, length: int) -> Self:
+        with view.active():
+            return cls(generator.stepper(length, Workspace()), view)
+
+    def prefill(self, ids: Int[Tensor, "N P"], mask: Bool[Tensor, "N P"], room: int) -> Float[Tensor, "N D"]:
+        with self.view.active():
+            return self.stepper.prefill(ids, mask, room)
+
+    def expand(self, index: Int[Tensor, "n"]) -> None:
+        self.stepper.expand(index)
+
+    def step(self, tokens: Int[Tensor, "n"]) -> Float[Tensor, "n D"]:
+        with self.view.active():
+            return self.stepper.step(tokens)
+
+    def keep(self, index: Int[Tensor, "m"]) -> None:
+        self.stepper.keep(index)
+
+    def fork(self, index: Int[Tensor, "m"]) -> Self:
+        return type(self)(self.stepper.fork(index), self.view)
+
+
 class _Mixing(Chooser):
     """Draws from the mixture of both models' distributions."""
 
     def __init__(
         self,
-        policy: LanguageModel,
-        teacher: LanguageModel,
+        models: tuple[LanguageModel, LanguageModel],
+        heads: tuple[Head, Head],
         alpha: float,
         sampling: Sampling,
         row: Int[Tensor, "B"],
         geometric: bool,
     ):
-        super().__init__(policy.head, sampling, row, sampling.max_completion_length)
-        self.models, self.alpha, self.width = (policy, teacher), alpha, policy.config.hidden_size
+        super().__init__(heads[0], sampling, row, sampling.max_completion_length)
+        self.models, self.heads, self.alpha, self.width = models, heads, alpha, models[0].config.hidden_size
         self.mixed = geometric_log_probs if geometric else mixture_log_probs
 
     def __call__(
         self, states: Float[Tensor, "n D"], alive: Int[Tensor, "n"], position: int
     ) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
         parts = states[:, : self.width], states[:, self.width :]
-        own, other = (m.head.logits(m.for_head(part)) for m, part in zip(self.models, parts, strict=True))
+        ready = (model.for_head(part) for model, part in zip(self.models, parts, strict=True))
+        own, other = (head.logits(part) for head, part in zip(self.heads, ready, strict=True))
         logits = self.mixed(own, other, self.alpha, self.sampling.temperature)
         probs = (logits if self.filter is None else self.filter(logits)).softmax(-1)
         there = self.row.device

@@ -1,7 +1,7 @@
 """Completions that other models of the method write: in place of the policy's, mixed with them, or beside them."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,11 +50,11 @@ def written_rows(
     assert rollout is not None
     source = session.sources[model].model
     if share < 1 and isinstance(source, AdapterView):
-        what = f"'{model}' is the policy's base under its adapter, which does not write together with the policy"
-        fix = "Train without LoRA, or draw no mixture (opponents=0 of nash_md, alpha=0 of minillm)."
-        raise ConfigError(what, "rollout", fix)
-    with writer(source, f"models.{model}") as writing:
-        drawing = choose_generator(writing, session.config.train.generator)
+        view, writing = source, contextlib.nullcontext(source.model)
+    else:
+        view, writing = None, writer(source, f"models.{model}")
+    with writing as author:
+        drawing = choose_generator(author, session.config.train.generator)
         if share == 1:
             rows = drawing.generate(ids, count, rollout.sampling, **known)
             return rows.with_(logp={MIXTURE: rows.logp["behaviour"]})
@@ -62,7 +62,7 @@ def written_rows(
             fix = "Set train.generator=local (or auto), on models with a key-value cache, or take that model alone."
             raise ConfigError("a mixture of two models is drawn here, token by token", "rollout", fix)
         asked: tuple[Any, ...] = (share, ids, count, rollout.sampling)
-        return generate_mixture(session.generator, drawing, *asked, geometric=geometric, **known)
+        return generate_mixture(session.generator, drawing, *asked, geometric=geometric, view=view, **known)
 
 
 def with_rows_beside(
@@ -86,7 +86,7 @@ def _by(rows: Rows, author: int) -> Rows:
     return rows.with_(columns={**rows.columns, AUTHOR: torch.full_like(rows.row, author)})
 
 
-@contextmanager
+@contextlib.contextmanager
 def writer(source: Any, where: str) -> Iterator[LanguageModel]:
     """A model as one that writes; a view of the policy's base is the policy with its adapters off.
 
