@@ -11,6 +11,7 @@ from benchmarks.measuring import ROOT, Row
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PREFIX = "python -m benchmarks "
+HEADER = "| same work, same weights | setting | Keel | peer | ratio | to reach | accuracy | command |"
 ON_GPU = (
     "sampling against `generate`",
     "GRPO step against TRL",
@@ -18,50 +19,63 @@ ON_GPU = (
 )
 
 
-def write(rows: Sequence[Row], threads: int, repeats: int, page: Path = PAGE) -> None:
+def write(rows: Sequence[Row], threads: int, repeats: int, page: Path = PAGE, whole: bool = True) -> None:
     """Put the tables between the markers of the page.
 
+    Args:
+        whole: these are all rows; otherwise those of the page that are not among them stay.
+
     Raises:
-        ValueError: the page has no markers.
+        ValueError: the page has no markers, or rows of it that would stay were measured otherwise.
     """
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{page} has no line {BEGIN!r} or no line {END!r}")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{measured(rows, threads, repeats)}\n{END}{after}")
+    (before, rest), after = text.split(BEGIN), text.split(END)[1]
+    about = conditions(threads, repeats)
+    if not whole and about not in rest:
+        raise ValueError(f"the rows of {page.name} were not measured under these conditions, so measure all:\n{about}")
+    known = {} if whole else _lines(rest.split(END)[0])
+    shown = [*(known | {(row.work, row.setting): line(row) for row in rows}).values()]
+    page.write_text(f"{before}{BEGIN}\n\n{about}\n\n{tables(shown)}\n{END}{after}")
 
 
-def measured(rows: Sequence[Row], threads: int, repeats: int) -> str:
-    """The machine, and the tables."""
+def _lines(text: str) -> dict[tuple[str, str], str]:
+    """The rows of a page's first table, by work and setting."""
+    table = text.split(HEADER)[1].strip().split("\n\n")[0].splitlines()[1:]
+    cells = [[cell.strip() for cell in found.strip("|").split("|")] for found in table]
+    return {(own[0], own[1].strip("`")): found for own, found in zip(cells, table, strict=True)}
+
+
+def conditions(threads: int, repeats: int) -> str:
+    """The machine, and how it was measured."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
     lines = [
         f"Measured on {processor()}, {os.cpu_count()} cores, {threads} threads;",
         f"Python {platform.python_version()}, {versions}.",
         f"Medians of {repeats} turns, in which Keel and the peer took part one after the other.",
         f"Each command follows `{PREFIX.strip()}`.",
-        "",
-        "| same work, same weights | setting | Keel | peer | ratio | to reach | accuracy | command |",
-        "|---|---|--:|--:|--:|--:|---|---|",
     ]
-    for row in rows:
-        goal = "" if row.goal is None else f"{row.goal:g}"
-        ratio = f"**{row.ratio:.2f}**" if row.goal is not None and row.ratio >= row.goal else f"{row.ratio:.2f}"
-        unit = row.unit.replace("tokens/s", "/s")
-        shown = [f"{number:,.{0 if number >= 100 else 1}f} {unit}" for number in (row.ours, row.theirs)]
-        setting = row.setting if row.setting == "default" else f"`{row.setting}`"
-        command = f"`{row.command.removeprefix(PREFIX)}`"
-        cells = [
-            row.work,
-            setting,
-            *(text.replace(" ", "\u00a0") for text in shown),
-            ratio,
-            goal,
-            row.accuracy,
-            command,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tables(shown: Sequence[str]) -> str:
+    """Of the lines of all rows, and of what was not measured."""
+    lines = [HEADER, "|---|---|--:|--:|--:|--:|---|---|", *shown]
     lines += ["", "| on a GPU | |", "|---|---|", *(f"| {work} | not measured |" for work in ON_GPU), ""]
     return "\n".join(lines)
+
+
+def line(row: Row) -> str:
+    """Of the table."""
+    goal = "" if row.goal is None else f"{row.goal:g}"
+    ratio = f"**{row.ratio:.2f}**" if row.goal is not None and row.ratio >= row.goal else f"{row.ratio:.2f}"
+    unit = row.unit.replace("tokens/s", "/s")
+    shown = [f"{number:,.{0 if number >= 100 else 1}f} {unit}" for number in (row.ours, row.theirs)]
+    setting = row.setting if row.setting == "default" else f"`{row.setting}`"
+    command = f"`{row.command.removeprefix(PREFIX)}`"
+    numbers = (text.replace(" ", "\u00a0") for text in shown)
+    return f"| {' | '.join([row.work, setting, *numbers, ratio, goal, row.accuracy, command])} |"
 
 
 def processor() -> str:

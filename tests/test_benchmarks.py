@@ -1,6 +1,7 @@
 """The benchmarks compare equal work, and write what they found. Nothing here looks at a clock."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,25 @@ def test_the_page_keeps_its_prose(tmp_path, monkeypatch):
     target.write_text("nothing")
     with pytest.raises(ValueError, match="measured: begin"):
         page.write([ROW], 2, 5, target)
+
+
+def test_a_part_of_the_rows_replaces_its_own_and_leaves_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "version", lambda name: "1.0")
+    target = tmp_path / "page.md"
+    target.write_text(f"{page.BEGIN}\n{page.END}\n")
+    other = replace(ROW, work="taking away", setting="x=1")
+    page.write([ROW, other], 2, 5, target)
+    whole = target.read_text()
+    page.write([other], 2, 5, target, whole=False)
+    assert target.read_text() == whole
+    page.write([replace(other, theirs=1e6, ratio=9.0), replace(ROW, work="new")], 2, 5, target, whole=False)
+    text = target.read_text()
+    assert [line.split("|")[1].strip() for line in text.splitlines() if "`head`" in line] == [
+        "adding", "taking away", "new",
+    ]  # fmt: skip
+    assert "**9.00**" in text and text.count("taking away") == 1
+    with pytest.raises(ValueError, match="measure all"):
+        page.write([ROW], 1, 5, target, whole=False)
 
 
 def test_every_sampler_has_its_curve_and_the_page_keeps_its_prose(tmp_path, monkeypatch):
