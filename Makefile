@@ -58,7 +58,7 @@ $(VENV)/.installed-bench: $(DECLARED) $(VENV)/.installed
 	@$(PIP) install -c constraints.txt -e ".[bench]"
 	@touch $@
 
-bench: $(VENV)/.installed-bench  ## measure Keel and its peers in turns, write docs/benchmarks.md (some 13 minutes)
+bench: $(VENV)/.installed-bench  ## measure Keel and its peers in turns, write docs/benchmarks.md (some 25 minutes)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks --write
 
 samplers: install  ## measure every sampler on countdown, write docs/sampling.md (some 15 minutes)
