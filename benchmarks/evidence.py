@@ -1,7 +1,7 @@
 """What finished cells say of a method: means and differences over seeds and prompts, with 95% intervals."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,14 @@ class Evidence:
                 found.numbers.setdefault(arm, {})[one.cell.seed] = one.numbers
                 found.times.setdefault(arm, {})[one.cell.seed] = one.times
         return found
+
+    def on(self, seeds: Collection[int]) -> "Evidence":
+        """Of some seeds alone."""
+        parts = (
+            {arm: {seed: one for seed, one in by_seed.items() if seed in seeds} for arm, by_seed in table.items()}
+            for table in (self.numbers, self.times)
+        )
+        return Evidence(*parts)  # type: ignore[arg-type]
 
     def has(self, arm: Arm) -> bool:
         """Whether there is a finished cell."""

@@ -1,5 +1,6 @@
 """The second round: the best of the first on each measure get a tuned coefficient and ten seeds."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 
@@ -21,13 +22,29 @@ def arm_of(cell: Cell) -> Arm:
 
 
 def finalists(evidence: Evidence, names: Sequence[str]) -> dict[str, list[str]]:
-    """The best recipes on each task by its measures, best first."""
+    """The best recipes on each task by its measures in the first round, best first; of those that do the same, one."""
     found: dict[str, list[str]] = {}
     for measure, task in MEASURES:
-        values = {name: evidence.measure(arm_of(plan.cell(name, task)), measure).value for name in names}
-        ranked = sorted((name for name in names if math.isfinite(values[name])), key=lambda name: -values[name])
+        same = {name for names_ in alike(evidence, names, task) for name in names_[1:]}
+        values = {
+            name: evidence.measure(arm_of(plan.cell(name, task)), measure, plan.SEEDS).value
+            for name in names
+            if name not in same
+        }
+        ranked = sorted((name for name in values if math.isfinite(values[name])), key=lambda name: -values[name])
         found[task] = list(dict.fromkeys([*found.get(task, []), *ranked[:BEST]]))
     return found
+
+
+def alike(evidence: Evidence, names: Sequence[str], task: str) -> list[list[str]]:
+    """Recipes whose numbers on a task are the very same, prompt by prompt, in the first round."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        known = evidence.numbers.get(arm_of(plan.cell(name, task)), {})
+        values = {str(seed): known[seed]["values"] for seed in range(plan.SEEDS) if seed in known}
+        if values:
+            groups.setdefault(json.dumps(values, sort_keys=True), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def coefficient(name: str) -> str | None:
@@ -85,6 +102,12 @@ def second_round(evidence: Evidence, trial: Evidence, names: Sequence[str]) -> I
                 yield from plan.with_seeds(usual, plan.MORE_SEEDS)
             if found is not None and found.arguments != usual.arguments:
                 yield from plan.with_seeds(found, plan.MORE_SEEDS)
+
+
+def again(evidence: Evidence, trial: Evidence, names: Sequence[str]) -> list[Arm]:
+    """Who runs with ten seeds on the main task, base and grpo first."""
+    cells = second_round(evidence, trial, names)
+    return list(dict.fromkeys(arm_of(cell) for cell in cells if cell.task == plan.MAIN and cell.seed != TUNING_SEED))
 
 
 def said(evidence: Evidence, trial: Evidence, names: Sequence[str]) -> dict[str, str]:

@@ -84,7 +84,8 @@ def write(folder: Path) -> None:
     evidence, trial = gathered(folder)
     names = plan.compared()
     left = {name: why for name in plan.recipes() if (why := plan.left_out(name)) is not None}
-    methods_page.write(evidence, names, halving.said(evidence, trial, names), left)
+    again = halving.again(evidence, trial, names)
+    methods_page.write(evidence, names, halving.said(evidence, trial, names), left, again)
     packaged.write(evidence, names)
     print(f"{methods_page.PAGE}, {methods_page.PICTURE} and {packaged.FILE} are written", file=sys.stderr)
 

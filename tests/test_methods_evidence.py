@@ -342,3 +342,34 @@ def test_the_command_lists_without_running(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["methods", "rloo", "--task", "countdown", "--list", "--results", str(tmp_path)])
     methods.main()
     assert "3 cells: 3 missing, 0 stale, 0 fresh" in capsys.readouterr().out
+
+
+def test_those_that_do_the_same_count_once_and_the_first_round_alone_decides(monkeypatch):
+    evidence = table(**MADE)
+    evidence.numbers = {replace(arm, arguments=()): seeds for arm, seeds in evidence.numbers.items()}
+    evidence.numbers[Arm("salsa")] = dict(evidence.numbers[Arm("rloo")])
+    names = ["grpo", "clip_cov", "kl_cov", "rloo", "salsa"]
+    assert halving.alike(evidence, names, "countdown") == [["rloo", "salsa"]]
+    monkeypatch.setattr(halving, "BEST", 2)
+    before = halving.finalists(evidence, names)["countdown"]
+    assert "rloo" in before and "salsa" not in before
+    for seed in range(3, 10):  # with these kl_cov would be the best of all
+        evidence.numbers[Arm("kl_cov")][seed] = {"values": {"pass@1": [0.9] * 8, "pass@16": [1.0] * 8}}
+    assert halving.finalists(evidence, names)["countdown"] == before
+
+
+def test_the_second_round_is_told_on_seeds_that_chose_nothing():
+    evidence, names = table(**MADE), ["grpo", "clip_cov", "rloo"]
+    assert methods_page._again(evidence, [Arm("clip_cov")]) == []  # no further seeds yet
+    tuned = Arm("rloo", "countdown", (("beta", 0.015),))
+    for arm, value in ((Arm("base"), 0.2), (Arm("grpo"), 0.4), (Arm("clip_cov"), 0.35), (tuned, 0.5)):
+        for seed in range(3, 10):
+            values = {"pass@1": [value, value + 0.02 * (seed % 2)], "pass@16": [0.8, 0.9], "entropy": [0.2, 0.3]}
+            evidence.numbers.setdefault(arm, {})[seed] = {"values": values | {"kl": [1.0]}}
+    lines = methods_page._again(evidence, [Arm("base"), Arm("grpo"), Arm("clip_cov"), tuned])
+    rows = [line.split(" | ") for line in lines if line.startswith(("| `", "| before"))]
+    assert [row[0].strip("| `") for row in rows] == ["before training", "grpo", "rloo(beta=0.015)", "clip_cov"]
+    assert rows[2][2].startswith("**+0.100**") and rows[3][2].startswith("**-0.050**")
+    assert {row[-1] for row in rows} == {"7 |"}
+    page = methods_page.page(evidence, names, {}, {}, [Arm("base"), Arm("grpo"), tuned])
+    assert page.index("## The best again") > page.index("## Countdown")
