@@ -129,6 +129,12 @@ def test_no_metrics_at_all():
             ["grad_norm was not a finite number on 1 step, first at step 101"],
             "train.learning_rate",
         ),
+        (
+            {"loss": curve(0.1), "updates/skipped": [*curve(0.0), (101, 1.0)]},
+            "warning",
+            ["1 update on 1 step, first at step 101", "not finite and was skipped"],
+            "train.learning_rate",
+        ),
         ({"reward": curve(0.5, 0.3)}, "problem", ["fell from 0.5 to 0.3"], "train.learning_rate"),
         ({"reward": curve(0.5, 0.505)}, "note", ["hardly moved, from 0.5 to 0.505"], "train.learning_rate"),
     ],

@@ -70,7 +70,7 @@ def find(
         stored = store.run(folder.resolve().name)
         counts = store.rollout_counts(stored.id)
         if not counts:
-            fix = "All methods but supervised ones store some every train.log_completions steps; 0: none."
+            fix = "Methods with a reward or with comparisons store some every train.log_completions steps; 0: none."
             raise RunError("there are no completions stored", stored.name, fix)
         if step is not None and step not in counts:
             raise RunError(f"no completions are stored of step {step}", stored.name, f"Steps: {_steps(list(counts))}.")

@@ -43,13 +43,13 @@ def judge(
         How, typer.Option("--how", help="Compare each two in both orders, write scores, or read a digit.")
     ] = How.pairwise,
     template: Annotated[
-        Path | None, typer.Option("--template", help="A file with the question that a language model is asked.")
+        Path | None, typer.Option("--template", help="A file with the question to a language model, and its places.")
     ] = None,
     num_samples: Annotated[int, typer.Option("--num-samples", min=1, help="Judgements of an item for scores.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="Of the judge's answers.")] = 0.0,
     max_completion_length: Annotated[int, typer.Option("--max-completion-length", min=1)] = 512,
     ties: Annotated[
-        Ties, typer.Option("--ties", help="Put ties with the undecided, or write them with probability 0.5.")
+        Ties, typer.Option("--ties", help="Put ties with the undecided, or write them: probability 0.5, equal scores.")
     ] = Ties.apart,
     threshold: Annotated[
         float | None, typer.Option("--threshold", help="Label single completions: good from this score on.")
@@ -64,6 +64,9 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Judge completions, and write preferences for `keel train dpo --data`.
+
+    Items become pairs; where any has more than two completions, all become lists with scores. What the data say of an
+    earlier judgement is not carried over.
 
     Ties and what cannot be read go to PATH.undecided.jsonl, and are counted. Where the judge has not scored a single
     item the command fails.

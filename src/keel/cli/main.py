@@ -10,6 +10,7 @@ import typer
 from keel.cli import cold, compare, explain, judge, papers, ui
 from keel.cli.drawing import besides, commands, newlines, run_frontier
 from keel.cli.options import (
+    LARGEST_SEED,
     BesideModel,
     BesidePrompt,
     Beta,
@@ -75,7 +76,7 @@ def train(
     """Train a model by a recipe."""
     from keel.cli.show import print_composition, print_dry_run, print_run, quiet_or_bars
     from keel.train.lifecycle import execute
-    from keel.train.setup import prepare_setup
+    from keel.train.setup import check_rewards, prepare_setup
 
     settings = pairs(set_) | ({} if max_steps is None else {"train.max_steps": max_steps})
     report = quiet_or_bars(as_json)
@@ -94,6 +95,7 @@ def train(
         report=report,
     )
     if dry_run:
+        check_rewards(setup)
         print_dry_run(setup, as_json)
         return
     if not as_json:
@@ -372,7 +374,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED)] = 0,
     runs: Runs = Path("runs"),
     max_steps: Annotated[int | None, typer.Option("--max-steps", min=1, help="Batches of each run.")] = None,
     control: Annotated[bool, typer.Option("--control", help="Add supervised training of the same duration.")] = False,

@@ -42,9 +42,10 @@ Reward = Annotated[
         "be given several times.",
     ),
 ]
-Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
+Runs = Annotated[Path, typer.Option("--runs", file_okay=False, help="The folder of all runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Decides all randomness.")]
+LARGEST_SEED = 2**63 - 1  # what the store of runs holds
+Seed = Annotated[int | None, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Decides all randomness.")]
 Beta = Annotated[float | None, typer.Option("--beta", help="Of the tilt, for samplers that have one; 0.1 without it.")]
 ValueOf = Annotated[
     str | None,

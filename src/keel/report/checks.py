@@ -42,6 +42,16 @@ def _not_finite(run: Run) -> Iterator[Finding]:
                 path,
             )
             return
+    skipped = [(step, value) for step, value in run.metrics.get("updates/skipped", ()) if value > 0]
+    if skipped:
+        path, text = run.setting("learning_rate")
+        total, steps = sum(value for _, value in skipped), len(run.metrics["updates/skipped"])
+        yield Finding(
+            Level.PROBLEM if len(skipped) > NOT_FINITE * steps else Level.WARNING,
+            f"{count(int(total), 'update')} on {count(len(skipped), 'step')}, first at step {skipped[0][0]}, had a "
+            f"loss or a gradient that was not finite and {'was' if total == 1 else 'were'} skipped: lower {text}.",
+            path,
+        )
 
 
 def _reward_errors(run: Run) -> Iterator[Finding]:

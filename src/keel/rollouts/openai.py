@@ -8,6 +8,7 @@ What a server can do is its dialect:
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ class Endpoint:
         timeout: seconds that a request may take.
 
     Raises:
-        ConfigError: no address, or an unknown dialect.
+        ConfigError: no address, one without http:// or https://, or an unknown dialect.
         UserError: the client library is not installed.
     """
 
@@ -130,6 +131,9 @@ class Endpoint:
         address = base_url or os.environ.get(ADDRESS)
         if not address:
             raise ConfigError("no server is named", "base_url", f"Give base_url=, or set {ADDRESS}.")
+        if not re.match(r"https?://[^/]", address, re.IGNORECASE):  # the client would try again and again
+            fix = f"It begins with http:// or https://, such as http://127.0.0.1:8000/v1; or set {ADDRESS}."
+            raise ConfigError(f"{address!r} is no address", "server", fix)
         if dialect not in (None, *get_args(Dialect)):
             raise ConfigError(f"must be one of {', '.join(get_args(Dialect))}, not '{dialect}'", "dialect")
         self.url, self.timeout, self.concurrency = address.rstrip("/"), timeout, concurrency

@@ -70,7 +70,7 @@ def load_preferences(
 
     Raises:
         DataError: malformed rows (file, line and reason of each, the first 20 in full), data that cannot become what is
-            wanted, or a prompt on both sides.
+            wanted, no row to train on that has a weight above 0, or a prompt on both sides.
         ConfigError: an unknown option, a share or weight that is none.
 
     >>> found = load_preferences([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}], "labels", held_out=0)
@@ -109,6 +109,10 @@ def load_preferences(
     kept = [replace(p, index=i) for i, p in enumerate(p for read in aside for _, p in read.found)]
     if not learnt:
         raise DataError("nothing is left to train on.", where=title, fix="Lower task.held_out, or give more data.")
+    for path, side in sides.items():
+        if side and not any(p.weight > 0 for p in side):
+            fix = "A row of weight 0 teaches nothing: raise `weight` of some, or leave the column out."
+            raise DataError("no row has a weight above 0.", where=path or title, fix=fix)
     first, second = ([prompt_identity(p.prompt) for p in side] for side in (learnt, kept))
     check_disjoint(title, first, second, shown_identity)
     return Preferences(title, kind, learnt, kept, (*notes, *_shares(sides, learnt, weights, names)))

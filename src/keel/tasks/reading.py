@@ -137,6 +137,9 @@ def rows_of(data: Any, label: str, report: Callable[[str, str], None]) -> Iterat
     if isinstance(found, str | bytes | dict) or not hasattr(found, "__iter__"):
         fix = "Give a path, a list of dictionaries, or a data set of `datasets`."
         raise DataError(f"{type(found).__name__} is no data.", where=label, fix=fix)
+    if hasattr(found, "iterrows"):  # of pandas; iterating over it gives the names of its columns
+        fix = "Give its rows as dictionaries: df.to_dict('records')."
+        raise DataError(f"a {type(found).__name__} is no list of rows.", where=label, fix=fix)
     for number, row in enumerate(found, start=1):
         if isinstance(row, dict):
             yield f"row {number}", row

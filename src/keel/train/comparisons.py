@@ -58,8 +58,9 @@ class Drawn:
 def built_in_preferences(task: Task, kind: Kind, seed: int = 0, report: Reporter = silent) -> Preferences:
     """Comparisons of completions of the built-in model, drawn once and cached.
 
-    Pairs are the best against the worst completion of a prompt; labels a correct and a wrong one, where there are such;
-    lists all different completions. Prompts whose completions are all equally good are left out.
+    Pairs are the best against the worst completion of a prompt, with their ranks as ratings; labels a correct and a
+    wrong one, where there are such; lists all different completions. Prompts whose completions are all equally good are
+    left out.
 
     Args:
         task: with one turn and verifiers.
@@ -178,7 +179,8 @@ def _made(example: Example, drawn: Drawn, kind: Kind, task: Task) -> list[Prefer
     if kind == "pairs":
         if (gold := task.solution(example, 0)) is not None:
             known["columns"][GOLD] = reply(gold, example)
-        return [Preference(example.prompt, (sides[best], sides[worst]), (1.0, 0.0), **known)]
+        rated = ranks[best], ranks[worst]
+        return [Preference(example.prompt, (sides[best], sides[worst]), (1.0, 0.0), ratings=rated, **known)]
     if kind == "lists":
         return [Preference(example.prompt, tuple(sides), ranks, **known)]
     both = ((best, 1.0), (worst, 0.0)) if ranks[worst] == 0 else ()

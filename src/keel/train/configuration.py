@@ -31,6 +31,8 @@ _SLOTS = tuple(f.name for f in fields(Method))
 KEYS = ("recipe", "method", *SECTIONS, "seed", "name")
 TINY = "tiny"
 SAMPLER = "rollout.sampler"
+LARGEST_SEED = 2**63 - 1  # of an integer in SQLite
+LONGEST_NAME = 255  # bytes of a folder's name
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ def resolve(request: Request, task: Task | None = None) -> Configuration:
     name = request.name or file.get("name") or recipe or "run"
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"must be a non-negative whole number (got {seed!r})", "seed")
+    if seed > LARGEST_SEED:
+        raise ConfigError(f"must be at most {LARGEST_SEED}, which the store of runs holds (got {seed})", "seed")
     _check_name(str(name))
     return Configuration(recipe, arguments, method, seed=seed, name=str(name), **parsed)
 
@@ -397,6 +401,10 @@ def _check_name(name: str) -> None:
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or "\\" in name:
         raise ConfigError(f"cannot be a folder's name (got {name!r})", "name", "Use letters, digits, - and _.")
+    longest = max(len(part.encode()) for part in parts)
+    if longest > LONGEST_NAME:
+        what = f"has {longest} bytes, and a folder's name at most {LONGEST_NAME} (got '{name[:20]}...')"
+        raise ConfigError(what, "name", "Give a shorter one.")
 
 
 def _check_depth(key: str, value: Any, depth: int = 20) -> None:

@@ -42,7 +42,8 @@ def train(
 
     Args:
         recipe: a name (`keel methods` lists them), or a `Method`.
-        model: `tiny` (the default), a folder, a hub name, or a transformers model, which is trained in place.
+        model: `tiny` (the default), a folder, a run's folder (its newest checkpoint), a hub name, or a transformers
+            model, which is trained in place.
         tokenizer: of a model in memory.
         task: a built-in task, a reasoning-gym data set, or an object with the attributes of `keel.tasks.task.Task`.
         data: in place of a task: a path, a list of dictionaries, or a `datasets.Dataset`, with a column `prompt` (text

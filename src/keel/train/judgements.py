@@ -1,5 +1,6 @@
 """What a judge is asked about, and the lines of what it said: the files of `keel judge`."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,10 +15,17 @@ from keel.tasks.task import Text, completion_text
 from keel.train.checkpoint import write_text
 
 Ties = Literal["apart", "half"]
+Outcome = Literal["decided", "half", "apart"]  # half: a tie that is written beside what is decided
 FAILED = "failed"  # reason of those that a judge raised an error for
 KEY = "judged"  # column of every line that is written: which item it is
 SHOWN = 160  # characters of a judge's words on the screen
-_OWN = ("prompt", "completion", "completions", "chosen", "rejected", "scores", "score_chosen", "score_rejected", KEY)
+_ELSEWHERE = "Choose a file in a folder that you may write to."
+_JUDGED = ("prompt", "completion", "completions", "chosen", "rejected", KEY)
+JUDGEMENTS = (  # columns of an earlier judgement, which training would read beside the new one
+    *("label", "score", "scores", "score_chosen", "score_rejected", "margin", "probability"),
+    *("rating", "ratings", "rank", "ranks", "reason", "said"),
+    "messages",  # beside `prompt` no form of preferences has them, and where they end with an answer it is the old one
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Item:
         key: of prompt and completions, and of which of several equal ones it is.
         prompt, completions: as the data have them.
         ordered: whether the data say that the first completion is better.
-        columns: all other columns.
+        columns: all other columns, which a reward function is given; of these the `JUDGEMENTS` are not written.
     """
 
     key: str
@@ -55,6 +63,21 @@ class Judged:
     graded: bool = True
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How judgements become lines.
+
+    Args:
+        ties, threshold, least_gap: as of `keel.train.judging.judge`.
+        lists: write also items of two completions as lists, for one data set has one form.
+    """
+
+    ties: Ties = "apart"
+    threshold: float | None = None
+    least_gap: float = 0.0
+    lists: bool = False
+
+
 @dataclass
 class Counts:
     """How many items ended up where, by name; and why undecided ones are, in the judge's own words.
@@ -62,10 +85,12 @@ class Counts:
     Args:
         known: numbers by name.
         said: of each reason why there is no score, how often the judge said what of it.
+        halves: how many of the ties are written as such.
     """
 
     known: dict[str, int] = field(default_factory=dict)
     said: dict[str, dict[str, int]] = field(default_factory=dict)
+    halves: int = 0
 
     def add(self, name: str, count: int = 1) -> None:
         """One more, or several."""
@@ -78,15 +103,26 @@ class Counts:
         shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
         known[shown] = known.get(shown, 0) + 1
 
-    def undecided(self) -> str:
-        """In one sentence how many items are undecided, and why; nothing where none is."""
-        parts = [f"{self.known['ties']} tied"] if self.known.get("ties") else []
+    def undecided(self, place: str, lists: bool = False) -> str:
+        """In one sentence how many items are undecided, and why; nothing where none is.
+
+        Args:
+            place: the file of those that are kept apart.
+            lists: whether ties are written as lists.
+        """
+        ties = self.known.get("ties", 0)
+        how = "with equal scores" if lists else "with probability 0.5"
+        written = [f"{self.halves} tied, written {how}"] if self.halves else []
+        apart = [f"{ties - self.halves} tied"] if ties > self.halves else []
         for reason, known in self.said.items():
             words, times = max(known.items(), key=lambda item: item[1])
             told = f", {times} of them with" if words and len(known) > 1 else ": the judge said" if words else ""
-            parts.append(f"{sum(known.values())} {reason}{told}{f' {words!r}' if words else ''}")
-        count = self.known.get("ties", 0) + sum(n for known in self.said.values() for n in known.values())
-        return f"{count} of {self.known['items']} items are undecided: {'; '.join(parts)}" if parts else ""
+            apart.append(f"{sum(known.values())} {reason}{told}{f' {words!r}' if words else ''}")
+        if not written and not apart:
+            return ""
+        count = ties + sum(n for known in self.said.values() for n in known.values())
+        said = f"{count} of {self.known['items']} items are undecided: {'; '.join([*written, *apart])}"
+        return f"{said} ({place})" if apart else said
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -106,18 +142,23 @@ def read_items(data: Any) -> list[Item]:
         text = json.dumps([row["prompt"], completions], sort_keys=True, ensure_ascii=False)
         mark = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         number = seen[mark] = seen.get(mark, -1) + 1
-        columns = {name: value for name, value in row.items() if name not in _OWN}
+        columns = {name: value for name, value in row.items() if name not in _JUDGED}
         ordered = row.get("completions") is None and row.get("chosen") is not None
         items.append(Item(f"{mark}-{number}", row["prompt"], tuple(completions), ordered, columns))
     return items
 
 
 def _completions(row: Row) -> list[Text]:
+    return [completion for _, completion in _named(row)]
+
+
+def _named(row: Row) -> list[tuple[str, Any]]:
+    """Its completions, each with the name that its column gives it."""
     if row.get("completions") is not None:
-        return list(row["completions"])
+        return [(f"completions[{number}]", text) for number, text in enumerate(row["completions"], start=1)]
     if row.get("chosen") is not None:
-        return [row["chosen"], row["rejected"]]
-    return [row["completion"]]
+        return [("chosen", row["chosen"]), ("rejected", row["rejected"])]
+    return [("completion", row["completion"])]
 
 
 def _problems(row: Row) -> Iterator[str]:
@@ -135,9 +176,9 @@ def _problems(row: Row) -> Iterator[str]:
     if given[0] == "chosen" and row.get("rejected") is None:
         yield "`chosen` without `rejected`"
         return
-    for completion in _completions(row):
-        yield from text_problems(given[0], completion, empty=True)
-        yield from answer_problems(given[0], completion)
+    for name, completion in _named(row):
+        yield from text_problems(name, completion, empty=True)
+        yield from answer_problems(name, completion)
     for name, value in row.items():
         if has_nan(value):
             yield f"`{name}` is NaN or infinite; use null"
@@ -146,53 +187,74 @@ def _problems(row: Row) -> Iterator[str]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def line_of(item: Item, judged: Judged, ties: Ties, threshold: float | None, least_gap: float) -> tuple[bool, Row]:
-    """Whether an item is decided, and its line."""
-    kept = {"prompt": item.prompt, **item.columns, KEY: item.key}
-    scores = judged.scores
-    if scores is None:
-        return False, kept | {"completions": list(item.completions), "reason": judged.reason, "said": list(judged.said)}
+def line_of(item: Item, judged: Judged, rules: Rules) -> tuple[Outcome, Row]:
+    """What becomes of an item, and its line."""
+    columns = {name: value for name, value in item.columns.items() if name not in JUDGEMENTS}
+    kept = {"prompt": item.prompt, **columns, KEY: item.key}
+    told: Row
+    if judged.scores is None:
+        told = {"completions": list(item.completions), "reason": judged.reason, "said": list(judged.said)}
+        return "apart", kept | told
+    scores = _one_for_each_text(item, judged.scores)
     if len(scores) == 1:
-        told = {"score": scores[0]} if threshold is None else {"label": scores[0] >= threshold}
-        return True, kept | {"completion": item.completions[0], **told}
-    if max(scores) - min(scores) <= least_gap:
-        if ties == "half" and len(scores) == 2:
-            first, second = item.completions
-            return False, kept | {"chosen": first, "rejected": second, "probability": 0.5, "margin": 0.0}
+        told = {"score": scores[0]} if rules.threshold is None else {"label": scores[0] >= rules.threshold}
+        return "decided", kept | {"completion": item.completions[0], **told}
+    if max(scores) - min(scores) <= rules.least_gap:
+        if rules.ties == "half" and (told := _tied(item, scores, rules.lists)):
+            return "half", kept | told
         undecided = {"completions": list(item.completions), "scores": list(scores), "reason": "tie"}
-        return False, kept | undecided | {"said": list(judged.said)}
+        return "apart", kept | undecided | {"said": list(judged.said)}
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    if len(scores) > 2:
+    if rules.lists:
         ranked = {"completions": [item.completions[i] for i in order], "scores": [scores[i] for i in order]}
-        return True, kept | ranked
+        return "decided", kept | ranked
     best, worst = order
     both: Row = {"chosen": item.completions[best], "rejected": item.completions[worst]}
-    if judged.graded and ties == "half":  # ties have no scores that differ, and all lines must have the same columns
+    if judged.graded and rules.ties == "half":  # ties have no scores that differ, and all lines need the same columns
         both |= {"margin": scores[best] - scores[worst]}
     elif judged.graded:
         both |= {"score_chosen": scores[best], "score_rejected": scores[worst]}
-    return True, kept | both
+    return "decided", kept | both
 
 
-def write(
-    target: Path, items: Sequence[Item], found: Sequence[Judged], counts: Counts,
-    ties: Ties, threshold: float | None, least_gap: float,
-) -> None:  # fmt: skip
+def _one_for_each_text(item: Item, scores: Sequence[float]) -> tuple[float, ...]:
+    """The scores, of equal texts their mean: a text that is better than itself is no data."""
+    known: dict[str, list[float]] = {}
+    texts = [completion_text(completion) for completion in item.completions]
+    for text, value in zip(texts, scores, strict=True):
+        known.setdefault(text, []).append(value)
+    return tuple(sum(known[text]) / len(known[text]) for text in texts)
+
+
+def _tied(item: Item, scores: Sequence[float], lists: bool) -> Row:
+    """The columns of a tie; none of two equal texts, of which no pair can be made."""
+    if lists:  # scores up to `least_gap` apart are an order to those who learn of them
+        return {"completions": list(item.completions), "scores": [sum(scores) / len(scores)] * len(scores)}
+    first, second = item.completions
+    if completion_text(first) == completion_text(second):
+        return {}
+    return {"chosen": first, "rejected": second, "probability": 0.5, "margin": 0.0}
+
+
+def write(target: Path, items: Sequence[Item], found: Sequence[Judged], counts: Counts, rules: Rules) -> None:
     """Append what was said of some items to the two files, and count it."""
     decided: list[Row] = []
     apart: list[Row] = []
     for item, judged in zip(items, found, strict=True):
-        sure, line = line_of(item, judged, ties, threshold, least_gap)
-        tied = not sure and judged.scores is not None
-        (decided if sure or ("probability" in line and tied) else apart).append(line)
-        counts.add("decided" if sure else "ties" if tied else judged.reason)
+        outcome, line = line_of(item, judged, rules)
+        (apart if outcome == "apart" else decided).append(line)
+        counts.halves += outcome == "half"
         if judged.scores is None:
+            counts.add(judged.reason)
             counts.note(judged)
-        if item.ordered and sure:
+            continue
+        counts.add("decided" if outcome == "decided" else "ties")
+        if item.ordered and outcome == "decided":
             counts.add("ordered")
-            counts.add("agrees", int(completion_text(line["chosen"]) == completion_text(item.completions[0])))
-    _append(target, decided)
-    _append(_undecided(target), apart)
+            counts.add("agrees", int(judged.scores[0] > judged.scores[1]))
+    with _writing(target):
+        _append(target, decided)
+        _append(_undecided(target), apart)
 
 
 def _append(path: Path, rows: Sequence[Row]) -> None:
@@ -206,26 +268,66 @@ def _undecided(target: Path) -> Path:
     return target.with_name(f"{target.name}.undecided.jsonl")
 
 
+def undecided_name(target: Path) -> str:
+    """Of the file of those that are kept apart."""
+    return _undecided(target).name
+
+
+def check_target(target: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """Refuse what `begin` could not go on with; nothing is written. Files without a line are nobody's.
+
+    Raises:
+        ConfigError: there are lines and `resume` is off, another judge wrote them, or no file can be written there.
+    """
+    with _writing(target):
+        folder = next(place for place in target.parents if place.exists())
+        if not folder.is_dir():
+            what = f"cannot be written: {folder} is a file, not a folder"
+            raise ConfigError(what, str(target), "Choose a file in a folder.")
+        if target.is_dir():
+            raise ConfigError("is a folder", str(target), "Name a file to write.")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"cannot be written: {folder} allows no new files", str(target), _ELSEWHERE)
+        if not any(path.exists() and path.stat().st_size for path in (target, _undecided(target))):
+            return
+        if not resume:
+            raise ConfigError("exists already", str(target), "Choose another file, or give --resume to go on with it.")
+        stated = _stated(target)
+        said = stated.read_text(encoding="utf-8") if stated.exists() else ""
+    if said:
+        known, plain = json.loads(said), json.loads(json.dumps(settings))
+        changed = [name for name in plain if known.get(name, plain[name]) != plain[name]]
+        if changed:
+            what = f"was begun with {changed[0]}={known.get(changed[0])!r}, not {plain[changed[0]]!r}"
+            raise ConfigError(what, str(target), "Give the same settings, or another file.")
+
+
 def begin(target: Path, settings: Mapping[str, Any], resume: bool) -> set[str]:
     """The items that are done; new files where there are none. Those whose judge failed are to be asked again.
 
     Raises:
-        ConfigError: there are some and `resume` is off, or another judge wrote them.
+        ConfigError: as of `check_target`.
+        DataError: the files hold something else.
     """
-    stated = target.with_name(f"{target.name}.judge.json")
-    plain = json.loads(json.dumps(settings))
-    apart = _undecided(target)
-    if (target.exists() or apart.exists()) and not resume:
-        raise ConfigError("exists already", str(target), "Choose another file, or give --resume to go on with it.")
-    if stated.exists() and resume:
-        known = json.loads(stated.read_text(encoding="utf-8"))
-        changed = [name for name in plain if known.get(name) != plain[name]]
-        if changed:
-            what = f"was begun with {changed[0]}={known.get(changed[0])!r}, not {plain[changed[0]]!r}"
-            raise ConfigError(what, str(target), "Give the same settings, or another file.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stated.write_text(json.dumps(plain, indent=1, ensure_ascii=False), encoding="utf-8")
-    return {*_keys(target), *_keys(apart, but=FAILED)}
+    check_target(target, settings, resume)
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        done = {*_keys(target), *_keys(_undecided(target), but=FAILED)}
+        write_text(_stated(target), json.dumps(settings, indent=1, ensure_ascii=False))
+    return done
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Faults of the file system are mistakes in the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", str(target), _ELSEWHERE) from error
+
+
+def _stated(target: Path) -> Path:
+    return target.with_name(f"{target.name}.judge.json")
 
 
 def _keys(path: Path, but: str | None = None) -> list[str]:

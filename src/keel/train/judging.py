@@ -9,23 +9,42 @@ Every item ends up in one of the two files of lines, and the summary counts them
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from keel.core.errors import ConfigError
-from keel.parts.rewards.asking import Asker, LocalAsker, ServerAsker
+from keel.core.errors import ConfigError, DataError
+from keel.parts.rewards.asking import Asker, LocalAsker, ServerAsker, opened
 from keel.parts.rewards.functions import call_reward, check_columns
 from keel.parts.rewards.generative_judge import GenerativeJudge
-from keel.parts.rewards.judges import PAIRWISE, WITHOUT_REFERENCE, DigitJudge, PairwiseJudge, both_orders
+from keel.parts.rewards.judges import PAIRWISE, WITHOUT_REFERENCE, DigitJudge, PairwiseJudge, both_orders, digit_tokens
 from keel.parts.rewards.named import guarded
 from keel.parts.rewards.score import score
 from keel.tasks.data import DataTask
-from keel.train.judgements import FAILED, Counts, Item, Judged, Ties, begin, read_items, write
+from keel.tasks.judging import check_template
+from keel.train.judgements import (
+    FAILED,
+    Counts,
+    Item,
+    Judged,
+    Rules,
+    Ties,
+    begin,
+    check_target,
+    read_items,
+    undecided_name,
+    write,
+)
 from keel.train.session import Reporter, silent
 from keel.train.setup import model_source
 
 How = Literal["pairwise", "scores", "digit"]
+Ask = Callable[[Sequence[Item], Counts], list[Judged]]
+PLACES = {
+    "pairwise": ("prompt", "first", "second"),
+    "scores": ("query", "responses"),
+    "digit": ("prompt", "completion"),
+}
 
 
 def judge(
@@ -52,8 +71,9 @@ def judge(
 ) -> dict[str, float]:
     """Judge completions and write preferences for `keel train dpo --data` (or kto, reward models, ...).
 
-    Two completions become `chosen` and `rejected`, more of them `completions` with `scores`, the best first, and single
-    ones `score`, or with a threshold `label`.
+    Two completions become `chosen` and `rejected`, and single ones `score`, or with a threshold `label`. Where any item
+    has more than two, all become `completions` with `scores`, the best first. Columns of an earlier judgement
+    (`JUDGEMENTS`) are given to a reward function, and are not written; all others are.
 
     Args:
         data: rows with `prompt` and `completions`, `chosen` and `rejected` (to be judged anew), or `completion`.
@@ -64,11 +84,12 @@ def judge(
         served: its name there.
         how: a language model compares each two completions in both orders (pairwise), writes scores of all
             (scores), or is read at a digit (digit; local models only). A single completion cannot be compared.
-        template: of the question; None takes Keel's.
+        template: of the question, with {prompt}, {first} and {second} for pairwise, {query} and {responses} for scores,
+            {prompt} and {completion} for a digit; None takes Keel's.
         num_samples: judgements of an item for `scores`, each in another order.
         temperature, max_completion_length: of the judge's answers.
         ties: apart puts them with the undecided; half writes them as pairs with `probability` 0.5, and the gap of the
-            scores of all pairs as `margin` in place of both scores.
+            scores of all pairs as `margin` in place of both scores; lists get equal scores.
         threshold: score from which on a single completion is labelled good; None writes the score.
         least_gap: difference of scores up to which two completions are tied.
         seed: of drawn answers and of orders.
@@ -83,55 +104,67 @@ def judge(
         which the two orders disagree; of data that were ordered the share that the judge agrees with.
 
     Raises:
-        ConfigError: not one judge, a setting out of range, the file exists, or another judge has begun it.
-        DataError: malformed rows; all of them are named.
+        ConfigError: not one judge, a setting out of range, a template that lacks a place, no file can be written
+            there, the file exists, or another judge has begun it. Nothing is written before the judge stands.
+        DataError: malformed rows, all of them named; or single completions beside several.
     """
     chosen = [name for name, given in (("reward", reward), ("model", model), ("server", server)) if given is not None]
     if len(chosen) != 1:
         raise ConfigError(f"name one judge, not {' and '.join(chosen) or 'none'}", "judge", "reward, model or server.")
     _check(how, ties, batch_size, least_gap, num_samples, server)
+    _check_template(template, how, reward)
     items = read_items(data)
-    if how == "pairwise" and chosen != ["reward"] and (alone := [i for i in items if len(i.completions) < 2]):
-        fix = "Take --how digit or --how scores."
-        raise ConfigError(f"{len(alone)} items have one completion, and pairwise compares two", "--how", fix)
-    target = Path(path)
+    _check_sizes(items, how if reward is None else None)
+    target, lists = Path(path), any(len(item.completions) > 2 for item in items)
     settings = {"judge": str(reward or model or server), "served": served, "how": None if reward else how,
                 "template": template, "num_samples": num_samples, "temperature": temperature,
                 "max_completion_length": max_completion_length, "ties": ties, "threshold": threshold,
-                "least_gap": least_gap, "seed": seed}  # fmt: skip
-    done = begin(target, settings, resume)
+                "least_gap": least_gap, "seed": seed, "lists": lists}  # fmt: skip
+    check_target(target, settings, resume)
+    rules = Rules(ties, threshold, least_gap, lists)
+    counts = Counts(dict.fromkeys(("items", "decided", "ties", "unparsable", "failed", "resumed"), 0))
     asker = _asker(model, server, served, temperature, max_completion_length, report)
     function = None if reward is None else guarded(reward, timeout)
-    counts = Counts(dict.fromkeys(("items", "decided", "ties", "unparsable", "failed", "resumed"), 0))
-    counts.add("items", len(items))
-    counts.add("resumed", sum(item.key in done for item in items))
-    left = [item for item in items if item.key not in done]
     try:
-        if function is not None and left:
-            check_columns("judge", function, sorted({name for item in left for name in item.columns}))
+        if function is not None:
+            check_columns("judge", function, sorted({name for item in items for name in item.columns}))
+        ask = _by_function(function) if asker is None else _by_model(asker, how, template, num_samples, seed)
+        done = begin(target, settings, resume)
+        left = [item for item in items if item.key not in done]
+        counts.add("items", len(items))
+        counts.add("resumed", len(items) - len(left))
         report("phase", {"name": "judge", "steps": None, "text": f"judging {len(left)} items"})
         for start in range(0, len(left), batch_size):
             some = left[start : start + batch_size]
-            if function is not None:
-                found = _by_reward(function, some)
-            elif how == "pairwise":
-                found = _pairwise(PairwiseJudge(asker, template or PAIRWISE, seed), some, counts)  # type: ignore[arg-type]
-            elif how == "scores":
-                found = _by_scores(GenerativeJudge(asker, num_samples, template, seed=seed), some)  # type: ignore[arg-type]
-            else:
-                assert isinstance(asker, LocalAsker)
-                found = _by_digit(DigitJudge(asker.path, template or WITHOUT_REFERENCE), some)
-            write(target, some, found, counts, ties, threshold, least_gap)
+            write(target, some, ask(some, counts), counts, rules)
             report("progress", {"done": start + len(some), "total": len(left)})
     finally:
         if (close := getattr(function, "close", None)) is not None:
             close()
-    if said := counts.undecided():
-        report("warning", {"text": f"{said} ({target.name}.undecided.jsonl)"})
+    if said := counts.undecided(undecided_name(target), lists):
+        report("warning", {"text": said})
     return _summary(counts)
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------
+
+
+def _by_function(function: Any) -> Ask:
+    return lambda items, counts: _by_reward(function, items)
+
+
+def _by_model(asker: Asker, how: How, template: str | None, num_samples: int, seed: int) -> Ask:
+    """How a language model judges."""
+    if how == "pairwise":
+        pairwise = PairwiseJudge(asker, PAIRWISE if template is None else template, seed)
+        return lambda items, counts: _pairwise(pairwise, items, counts)
+    if how == "scores":
+        generative = GenerativeJudge(asker, num_samples, template, seed=seed)
+        return lambda items, counts: _by_scores(generative, items)
+    assert isinstance(asker, LocalAsker)
+    digit = DigitJudge(asker.path, WITHOUT_REFERENCE if template is None else template)
+    digit_tokens(opened(asker.path, asker.device).tokenizer)
+    return lambda items, counts: _by_digit(digit, items)
 
 
 def _by_reward(function: Any, items: Sequence[Item]) -> list[Judged]:
@@ -231,15 +264,40 @@ def _check(how: How, ties: Ties, batch_size: int, least_gap: float, num_samples:
         raise ConfigError("a digit is read in the model's probabilities, which needs a local one", "--how", "--model.")
 
 
+def _check_template(template: str | None, how: How, reward: Any) -> None:
+    if template is None:
+        return
+    if reward is not None:
+        what = "is a question to a language model, and a reward is asked none"
+        raise ConfigError(what, "--template", "Leave it out.")
+    try:
+        check_template(template, PLACES[how])
+    except ValueError as error:
+        places = ", ".join(f"{{{name}}}" for name in PLACES[how])
+        raise ConfigError(str(error), "--template", f"For --how {how} it needs {places}.") from error
+
+
+def _check_sizes(items: Sequence[Item], how: How | None) -> None:
+    alone = sum(len(item.completions) < 2 for item in items)
+    if alone and how == "pairwise":
+        fix = "Take --how digit or --how scores."
+        raise ConfigError(f"{alone} items have one completion, and pairwise compares two", "--how", fix)
+    if 0 < alone < len(items):
+        what = f"{alone} items have one completion, and {len(items) - alone} have more; one data set has one form"
+        raise DataError(what, "judge", "Judge them in two files.")
+
+
 def _asker(
     model: Any, server: str | None, served: str | None, temperature: float, length: int, report: Reporter
 ) -> Asker | None:
     try:
         if server is not None:
-            return ServerAsker(server, served, temperature, length)
+            return ServerAsker(server, served, temperature, length).prepare()
         if model is None:
             return None
         place = str(model_source(str(model), DataTask("judge", (), ()), report))
-        return LocalAsker(place, temperature, length)
+        asker = LocalAsker(place, temperature, length)
     except ValueError as error:
         raise ConfigError(str(error), "judge") from error
+    opened(asker.path, asker.device)
+    return asker

@@ -23,6 +23,7 @@ from keel.models.load import checksum
 from keel.parts.rewards.worker import RewardTimeout
 from keel.report.run import write_report
 from keel.store.store import Store
+from keel.train.beginning import check_data, check_initial
 from keel.train.checkpoint import (
     checkpoints,
     damage,
@@ -40,7 +41,7 @@ from keel.train.measure import measure_policy
 from keel.train.online import run
 from keel.train.reward_model import check_reward_model, measure_reward_model, write_reward_model
 from keel.train.session import Reporter, Session, build_session, reward_functions, silent
-from keel.train.setup import IN_MEMORY, Setup, load_model
+from keel.train.setup import IN_MEMORY, Setup, check_rewards, load_model
 from keel.train.strengths import measure_strengths
 from keel.train.tracking import check_trackers, tracked
 from keel.train.watch import Watch
@@ -102,9 +103,11 @@ def execute(setup: Setup, runs: Path, *, resume: bool = False, report: Reporter 
     finished = _finished(path) if resume else None
     if finished is not None:
         _check_same(config, path)
+        check_data(path, setup)
         report("note", {"text": f"{path} is finished"})
         return _reopened(path, runs, config, finished)
     check_trackers(config.train.trackers)
+    check_rewards(setup)
     fresh = _made(path, resume)
     with _only_one(path), Store(runs / "keel.sqlite") as store:
         try:
@@ -133,16 +136,31 @@ def execute(setup: Setup, runs: Path, *, resume: bool = False, report: Reporter 
                 session.close()
 
 
+_NO_FOLDER = {
+    errno.ENOTDIR: ("a part of this path is a file, and runs are folders", "Give a folder as --runs."),
+    errno.EACCES: ("a run's folder cannot be made here: permission denied", "Give a folder of your own as --runs."),
+    errno.EROFS: ("a run's folder cannot be made here: nothing can be written", "Give another folder as --runs."),
+    errno.ENAMETOOLONG: ("this path is too long", "Give a shorter --name or --runs."),
+}
+
+
 def _made(path: Path, resume: bool) -> bool:
     """Make the folder of a run; whether it was not there."""
     try:
         path.mkdir(parents=True)
     except FileExistsError:
+        if not path.is_dir():
+            raise RunError("is a file, and a run is a folder", str(path), "Choose another --name.") from None
         if not resume:
             raise RunError(
                 "there is a run of that name", str(path), "Continue it with --resume, or choose another --name."
             ) from None
         return False
+    except OSError as error:
+        if error.errno not in _NO_FOLDER:
+            raise
+        what, fix = _NO_FOLDER[error.errno]
+        raise RunError(what, str(path), fix) from None
     return True
 
 
@@ -153,6 +171,7 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
     if resume:
         if (path / "config.yaml").exists():
             _check_same(config, path)
+            check_data(path, setup)
         remove_unfinished(path)
         checkpoint, complaints = newest_sound(path)
         if checkpoint is None and complaints:
@@ -174,7 +193,7 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
         policy = load_model(config.model, checkpoint, None, config.seed, adapted=config.model.lora_rank > 0)
     if checkpoint is None or not (path / "config.yaml").exists():
         write_text(path / "config.yaml", config.to_yaml())
-    _check_initial(path, initial, setup, fresh=checkpoint is None)
+    check_initial(path, initial, setup, fresh=checkpoint is None)
     session = build_session(
         config, setup.task, policy, setup.rewards, initial if checkpoint is not None else None, setup.preferences
     )
@@ -342,28 +361,6 @@ def _check_same(config: Configuration, path: Path) -> None:
             "the configuration has changed: " + "; ".join(found[:8]),
             str(path),
             "Resume with the same settings, or start a run of another name.",
-        )
-
-
-def _check_initial(path: Path, initial: LanguageModel, setup: Setup, fresh: bool) -> None:
-    """The reference of a resumed run must be the model that it began with."""
-    file = path / "initial.json"
-    found = checksum(initial.module)
-    if fresh:
-        name = str(setup.source) if isinstance(setup.source, (str, Path)) else IN_MEMORY
-        write_text(file, json.dumps({"path": name, "checksum": found}, indent=1))
-        return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))["checksum"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"it cannot be read which model this run began with ({type(error).__name__})",
-            str(file),
-            "Put the file back, or start a run of another --name.",
-        ) from error
-    if before != found:
-        raise RunError(
-            "the initial model is not the one that this run began with", str(path), "Give the same --model, unchanged."
         )
 
 

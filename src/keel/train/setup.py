@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from keel.core.errors import ConfigError, RunError
 from keel.method import Method
 from keel.models.adapters import LoRA
@@ -25,7 +27,8 @@ from keel.train.base import ensure_base
 from keel.train.checkpoint import newest_sound
 from keel.train.comparisons import built_in_preferences
 from keel.train.configuration import TINY, Configuration, Request, read_file, resolve, settings_of_task
-from keel.train.session import Reporter, silent
+from keel.train.gaps import with_gaps_checked
+from keel.train.session import Reporter, reward_functions, silent
 from keel.train.settings import ModelSettings, TaskSettings
 
 IN_MEMORY = "in memory"
@@ -62,6 +65,9 @@ def prepare_setup(
     """Resolve everything that can be resolved before the model is loaded."""
     if task is not None and data is not None:
         raise ConfigError("give either a task or data, not both", "data")
+    check_model(model)
+    if isinstance(model, LanguageModel):
+        model, tokenizer = model.module, tokenizer or model.tokenizer
     file = read_file(config) if isinstance(config, (str, Path)) else config
     named, given = named_rewards(reward)
     request = Request(
@@ -90,33 +96,65 @@ def prepare_setup(
     resolved = resolve(request, loaded)
     if resolved.task.name is None and resolved.task.data is None:
         resolved = _with_default_task(resolved)
-    resolved = _with_further_models(resolved, loaded, report)
+    resolved = _with_further_models(_with_checkpoint(resolved), loaded, report)
     source: Any = model if resolved.model.path == IN_MEMORY else resolved.model.path
     if resolved.model.path == TINY:
         source = ensure_base(_base_task(loaded), report=report)
     if reads is not None and preferences is None:
         preferences = built_in_preferences(loaded, reads, report=report)
+    if preferences is not None:
+        preferences = with_gaps_checked(resolved.method, preferences)
     return Setup(resolved, loaded, source, tokenizer, given, preferences)
 
 
 def open_preferences(settings: TaskSettings, data: Any, reads: Kind, seed: int) -> Preferences:
     """The comparisons of one's own data."""
-    given = data if data is not None else settings.data
-    if given == IN_MEMORY:
-        raise RunError("its data were given in memory", "data", "Give the same data again.")
-    return load_preferences(given, reads, settings.held_out, seed, settings.options)
+    return load_preferences(_given_data(settings, data), reads, settings.held_out, seed, settings.options)
 
 
 def open_task(settings: TaskSettings, data: Any, seed: int) -> Task:
     """The task of a configuration; countdown where none is named."""
     if data is not None or settings.data is not None:
-        given = data if data is not None else settings.data
-        if given == IN_MEMORY:
-            raise RunError("its data were given in memory", "data", "Give the same data again.")
+        given = _given_data(settings, data)
         if sources_of(given) is not None:
             raise ConfigError("several data sets are mixed for methods that compare completions, such as dpo", "data")
         return with_options(load_data(given, settings.held_out, seed), settings.options)
     return load_task(settings.name or DEFAULT_TASK, **settings.options)
+
+
+def _given_data(settings: TaskSettings, data: Any) -> Any:
+    """What was handed over, or what the configuration names."""
+    given = data if data is not None else settings.data
+    if isinstance(given, str) and given == IN_MEMORY:
+        raise RunError("its data were given in memory", "data", "Give the same data again.")
+    return given
+
+
+def check_model(model: Any) -> None:
+    """Refuse what names no model and is none.
+
+    Raises:
+        ConfigError: it is neither text, nor a path, nor a model in memory.
+    """
+    held = isinstance(model, LanguageModel) or (isinstance(model, nn.Module) and hasattr(model, "config"))
+    if model is None or isinstance(model, (str, Path)) or held:
+        return
+    fix = "Give tiny, a folder, a run's folder, a hub name, or a transformers model with its tokenizer."
+    raise ConfigError(f"{model!r:.60} is no model but of type {type(model).__name__}", "model", fix)
+
+
+def check_rewards(setup: Setup) -> None:
+    """Refuse rewards that are not there, where training asks for none and an evaluation would find out at its end.
+
+    Raises:
+        ConfigError: no such module, function, folder or model.
+    """
+    settings = setup.config.task
+    if setup.config.method.kind == "online" or not (setup.rewards or settings.rewards):
+        return  # of an online method the session has them
+    for function in reward_functions(settings, setup.task, setup.rewards).values():
+        if (close := getattr(function, "close", None)) is not None:
+            close()
 
 
 def load_model(
@@ -154,9 +192,10 @@ def open_model(model: Any, task: Task, tokenizer: Any, device: str | None, repor
 
 def model_source(model: Any, task: Task, report: Reporter = silent) -> Any:
     """Where the files of a model are: a folder or hub name of a name, of a run its newest checkpoint."""
+    check_model(model)
     if isinstance(model, LanguageModel):
         return model
-    if model is None or model == TINY:
+    if model is None or (isinstance(model, str) and model == TINY):
         model = ensure_base(_base_task(task), report=report)
     if isinstance(model, (str, Path)):
         model = run_checkpoint(Path(model)) or model
@@ -168,15 +207,26 @@ def run_checkpoint(path: Path) -> Path | None:
 
     Raises:
         RunError: the run has none, or all are damaged.
+        ConfigError: there can be no such path.
     """
-    if not (path / "config.yaml").is_file():
-        return None
+    try:
+        if not (path / "config.yaml").is_file() or (path / "config.json").is_file():
+            return None  # a folder with a model's own configuration is that model
+    except OSError as error:  # it is too long
+        raise ConfigError(f"'{str(path)[:20]}...' cannot be a path ({error.strerror})", "model") from None
     checkpoint, complaints = newest_sound(path)
     if checkpoint is None:
         raise RunError("; ".join(complaints) or "this run has no checkpoint", str(path))
     if complaints:
         warnings.warn(f"{path}: {'; '.join(complaints)}; {checkpoint.name} is taken", stacklevel=2)
     return checkpoint
+
+
+def _with_checkpoint(config: Configuration) -> Configuration:
+    """Of a policy that begins as a run, its newest checkpoint by name: what is stored says which one that was."""
+    named = config.model.path
+    found = None if named in (TINY, IN_MEMORY) else run_checkpoint(Path(named))
+    return config if found is None else replace(config, model=config.model.model_copy(update={"path": str(found)}))
 
 
 def _with_further_models(config: Configuration, task: Task, report: Reporter) -> Configuration:

@@ -49,6 +49,7 @@ def written_rows(
     rollout = session.method.rollout
     assert rollout is not None
     source = session.sources[model].model
+    writing: contextlib.AbstractContextManager[LanguageModel]
     if share < 1 and isinstance(source, AdapterView):
         view, writing = source, contextlib.nullcontext(source.model)
     else:

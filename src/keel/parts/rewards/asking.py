@@ -116,6 +116,16 @@ class ServerAsker:
             raise ValueError(f"concurrency must be at least 1, not {self.concurrency}")
         Sampling(self.temperature, max_completion_length=self.max_completion_length)
 
+    def prepare(self) -> "ServerAsker":
+        """Itself, once the model there is known, so that a mistake shows before anything is asked.
+
+        Raises:
+            ConfigError: no address.
+            KeelError: the server cannot be reached.
+        """
+        assert _endpoint(self.url, self.served, self.concurrency).served
+        return self
+
     def __call__(self, prompts: Sequence[Text], seeds: Sequence[int]) -> list[str]:
         endpoint = _endpoint(self.url, self.served, self.concurrency)
         bodies = [

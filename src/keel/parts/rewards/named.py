@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from keel.core.errors import ConfigError
 from keel.parts.rewards.ensembles import RULES, RewardEnsemble
 from keel.parts.rewards.models import RewardModel
 from keel.parts.rewards.worker import RewardThread, RewardWorker, isolate
@@ -35,10 +36,18 @@ def guarded(reward: Any, timeout: float) -> Any:
 
 
 def model_of(text: str) -> ModelReward | None:
-    """The reward model, or the ensemble, that a text names; None for `module:function`, and for what names nothing."""
+    """The reward model, or the ensemble, that a text names; None for `module:function`, and for what names nothing.
+
+    Raises:
+        ConfigError: an ensemble of no models, or with one of them twice.
+    """
     rule, sign, paths = text.partition(":")
     if sign and rule in RULES and ("," in paths or Path(paths).expanduser().is_dir()):
-        return RewardEnsemble(tuple(path.strip() for path in paths.split(",") if path.strip()), rule)  # type: ignore[arg-type]
+        members = tuple(path.strip() for path in paths.split(",") if path.strip())
+        try:
+            return RewardEnsemble(members, rule)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ConfigError(str(error), f"--reward {text}", f"Name each model once, as {rule}:DIR,DIR.") from error
     place = Path(text).expanduser()
     if place.is_dir() or (not sign and ("/" in text or place.is_file())):
         return RewardModel(text)

@@ -17,7 +17,7 @@ from keel.core.aggregate import ratio, weighted_mean
 from keel.core.errors import DataError, MethodError
 from keel.core.registry import part
 from keel.core.rows import Rows
-from keel.parts.terms.pairs import ReadsScore, Score, Side
+from keel.parts.terms.pairs import ReadsScore, Score, Side, check_beta
 from keel.parts.terms.ranking import mean_reciprocal_rank, ndcg, recall
 from keel.parts.terms.scores import LogRatio
 from keel.statistics.stats import Stats
@@ -220,7 +220,6 @@ def _others(lists: Lists) -> Bool[Tensor, "L N N"]:
 
 
 def _check(beta: float, k: int) -> None:
-    if beta == 0:
-        raise ValueError("beta must not be 0: the loss would not know the policy")
+    check_beta(beta)
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")

@@ -5,6 +5,7 @@
 `keel.parts.terms.scores` has the scores, `keel.parts.terms.links` the links.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -79,6 +80,16 @@ class Score(Protocol):
     def __call__(self, side: Side) -> Float[Tensor, "N"]:
         """The score of each completion, before beta."""
         ...
+
+
+def check_beta(beta: float) -> None:
+    """That a loss learns what the data prefer.
+
+    Raises:
+        ValueError: it is 0 or less, infinite or NaN.
+    """
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, not {beta}: 0 knows no policy, less learns the opposite")
 
 
 @runtime_checkable
@@ -166,8 +177,7 @@ class PairLoss:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
-        if self.beta == 0:
-            raise ValueError("beta must not be 0: the loss would not know the policy")
+        check_beta(self.beta)
         if self.noise not in get_args(Noise):
             raise ValueError(f"noise '{self.noise}' is not one of {', '.join(get_args(Noise))}")
         for score in self._scores:

@@ -13,7 +13,7 @@ from keel.core.errors import MethodError
 from keel.core.registry import part
 from keel.core.rows import Rows
 from keel.parts.terms.links import LogSigmoid
-from keel.parts.terms.pairs import PairLoss, Side, pairs_of, sides
+from keel.parts.terms.pairs import PairLoss, Side, check_beta, pairs_of, sides
 from keel.parts.terms.scores import LogRatio
 from keel.statistics.functionals import Functional, LogProb
 from keel.statistics.stats import Stats
@@ -63,8 +63,7 @@ class SortedPairs:
     def __post_init__(self) -> None:
         if self.compared not in get_args(Compared):
             raise ValueError(f"compared '{self.compared}' is not one of {', '.join(get_args(Compared))}")
-        if self.beta == 0:
-            raise ValueError("beta must not be 0: the loss would not know the policy")
+        check_beta(self.beta)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
 

@@ -21,7 +21,7 @@ from keel.core.choice import row_ids
 from keel.core.errors import MethodError
 from keel.core.registry import part
 from keel.core.rows import Rows, Stream
-from keel.parts.terms.pairs import ReadsScore, Score, Side
+from keel.parts.terms.pairs import ReadsScore, Score, Side, check_beta
 from keel.parts.terms.scores import LogRatio
 from keel.statistics.stats import Stats
 
@@ -90,8 +90,7 @@ class UnpairedLoss(ReadsScore):
         for name, known in (("link", LabelLink), ("shift", Shift)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(known))}")
-        if self.beta == 0:
-            raise ValueError("beta must not be 0: the loss would not know the policy")
+        check_beta(self.beta)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), not {self.decay}")
         for name in ("chosen_weight", "rejected_weight"):
