@@ -52,7 +52,7 @@ def test_the_table_and_the_files(keel, tmp_path):
     assert "<html" in page.read_text()
     assert {path.name for path in folder.iterdir()} >= {"comparison.json", "results.json", "results.csv", "summary.csv"}
     command = json.loads((folder / "comparison.json").read_text())["command"]
-    assert command.startswith("keel compare grpo dr_grpo --seeds 3 --budget 2-steps --task")
+    assert command.startswith("keel compare grpo dr_grpo --seeds 3 --budget 2steps --task")
     assert "--set evaluate.num_prompts=8" in command
 
 

@@ -39,6 +39,17 @@ def records(*words: str) -> list[dict]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.parametrize("words", [("list", "-n", "3"), ("search", "entropy bonus", "--mode", "lexical", "-n", "3")])
+def test_titles_are_whole_at_forty_columns(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = [paper["title"] for paper in records(*words)]
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = said(*words).splitlines()
+    assert max(map(len, lines)) <= 40 and "…" not in "".join(lines)
+    text = " ".join(line.strip() for line in lines)
+    assert len(titles) == 3 and all(title in text for title in titles)
+    assert len(lines) < 20, "a title takes few lines"
+
+
 def test_papers_are_listed_newest_first_and_filtered() -> None:
     lines = said().splitlines()
     assert lines[0].split() == ["no.", "date", "in", "Keel", "family", "title"]

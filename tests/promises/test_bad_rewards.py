@@ -124,7 +124,7 @@ def check(run, name, said, message):
     assert first["num_rows"] == 2.0
     assert first[f"rewards/{name}/mean"] >= 1.0 and math.isfinite(first["loss"])
     warnings = [facts["text"] for event, facts in said if event == "warning"]
-    assert any(f"reward '{name}' failed for 1 groups, which are left out" in w and message in w for w in warnings)
+    assert any(f"reward '{name}' failed for 1 group, which is left out" in w and message in w for w in warnings)
 
 
 @pytest.mark.parametrize("name", sorted(set(MESSAGES) - PROCESS_ONLY))

@@ -56,6 +56,8 @@ def test_a_healthy_run_has_nothing_to_report():
     found = diagnose(HEALTHY, CONFIG)
     assert [f.level for f in found] == [Level.GOOD]
     assert found[0].sentence == "Nothing unusual in the metrics of 100 steps."
+    short = diagnose({"loss": [(1, 0.1)]}, CONFIG)
+    assert [f.sentence for f in short] == ["Nothing unusual in the metrics of 1 step."]
 
 
 def test_no_metrics_at_all():

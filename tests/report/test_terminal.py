@@ -37,6 +37,11 @@ def test_one_side(wide):
     assert "value" in text and "change" not in text and "0.498" in row(text, "pass@1")
 
 
+def test_one_of_each():
+    one = Evaluation({}, {"reward": (1.0,)}, 1)
+    assert "1 prompt x 1 sample;" in " ".join(shown(evaluation_table(one, one)).split())
+
+
 def test_metrics_that_one_side_lacks(wide):
     less = Evaluation({"pass@1": wide.metrics["pass@1"]}, {"pass@1": wide.values["pass@1"], "reward": (0.0,)}, 16)
     assert row(shown(evaluation_table(wide, less)), "kl").split()[-2:] == ["-", "-"]

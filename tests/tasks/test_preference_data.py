@@ -175,6 +175,12 @@ def test_labels_become_nothing_else(kind):
     assert ("`chosen` and `rejected`" if kind == "pairs" else "`completions`") in said
 
 
+@pytest.mark.parametrize("name", ["colour", "source", "response", "category"])
+def test_columns_that_are_no_slips_of_the_pen(name):
+    assert "Did you mean" not in refused([{"prompt": "p", name: "a"}])
+    assert "Did you mean 'rejected'?" in refused([{"prompt": "p", name: "a", "chosen": "b", "rejcted": "c"}])
+
+
 def test_scores_are_no_labels():
     assert "from where on a completion is good" in refused([{"prompt": "p", "completions": ["a", "b"]}], "labels")
 

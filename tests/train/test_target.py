@@ -55,6 +55,11 @@ def test_collapse_by_design_is_said_with_its_numbers():
     assert "restricted" not in graded
 
 
+def test_odds_that_are_kept_to_the_last_bit_are_kept_exactly():
+    said = " ".join(keel.target(ref=[0.25, 0.25, 0.5], reward=[1, 1, 0], beta=0.1).findings())
+    assert "under every divergence and every beta (here exactly)." in said and "0e+00" not in said
+
+
 def sequences(policy, prompt, length):
     """All completions of a prompt up to a length with their probabilities, by the model's own softmax."""
     encoder = Encoder(policy)

@@ -1,13 +1,16 @@
 """Recipes held to their claims; and that verification finds the mistakes that it is for."""
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from keel.cli.main import app
+from keel.cli.verify import table
 from keel.core.aggregate import Aggregation
 from keel.core.errors import ConfigError
 from keel.exact.space import SequenceSpace
@@ -25,7 +28,18 @@ from keel.verify.objectives import Objective
 from keel.verify.page import figure, page
 from keel.verify.placements import PLACEMENTS, sweep
 from keel.verify.population import expected_update
-from keel.verify.recipes import HOLDS, SHORT, TOLERANCE, compare, group_world, variants, verify_recipe, worlds
+from keel.verify.recipes import (
+    HOLDS,
+    SHORT,
+    TOLERANCE,
+    GroupCheck,
+    Verification,
+    compare,
+    group_world,
+    variants,
+    verify_recipe,
+    worlds,
+)
 from keel.verify.world import World, random_world
 
 # What falls short of its own paper's objective, with the largest gradient error that is accepted, and why.
@@ -412,6 +426,21 @@ def test_table():
     assert "E_pi[r] - beta KL(pi || ref)" in told.stdout and "holds" in told.stdout
     narrow = CliRunner().invoke(app, ["verify", "rloo"], catch_exceptions=False, env={"COLUMNS": "80"}).stdout
     assert "rloo(beta=0.5)" in narrow and max(map(len, narrow.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_long_name_is_folded_and_no_number_is_cut(full):
+    name = "/some/folder/of/recipes/entropy_floor_with_a_long_name.py:entropy_floor"
+    group = GroupCheck(16, 0.0123, 0.5)
+    found = Verification(name, {"beta": 0.5}, "E[r]", "falls short", 0.000123, 1.0, 0.0456, 1.23e-05, groups=[group])
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(table([found], full, wide=False))
+    said = console.file.getvalue()
+    whole = ["falls short", "0.000123", "0.0456", "0.0123 (16)", *(["1.23e-05"] if full else [])]
+    assert all(word in said for word in whole) and "…" not in said
+    rows = said.splitlines()[1:]
+    width = rows[0].index("falls short")
+    assert "".join(row[:width].rstrip() for row in rows) == f"{name}(beta=0.5)"
 
 
 LOSS = """

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keel.cli.options import Data, Json, Model, Reward, Runs, Set, Task, pairs
+from keel.cli.options import Data, Json, Model, Reward, Runs, Set, Task, pairs, recipes_given
 
 commands = typer.Typer()
 
@@ -13,7 +13,8 @@ commands = typer.Typer()
 @commands.command()
 def compare(
     recipes: Annotated[
-        list[str] | None, typer.Argument(help="Recipes, or file.py:recipe; the first is the baseline.")
+        list[str] | None,
+        typer.Argument(help="Recipes, or file.py:recipe; the first is the baseline.", callback=recipes_given),
     ] = None,
     task: Task = None,
     model: Model = None,

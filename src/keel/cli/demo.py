@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keel.cli.show import print_json, quiet_or_bars
+from keel.core.plain import finite
 from keel.evaluate.evaluation import Evaluation
 from keel.report.arms import Arm
 from keel.train.entry import train
@@ -122,7 +123,7 @@ def _write(folder: Path, arms: list[Arm], seed: int) -> dict[str, Any]:
     wanted = {"before": by_beta[None], "after": by_beta[0.0], "after_regularised": by_beta[REGULARISED]}
     summary: dict[str, Any] = {"seed": seed, **{key: _values(arm) for key, arm in wanted.items()}}
     summary["arms"] = [{"label": arm.label, "beta": arm.beta, "seconds": arm.seconds, **_values(arm)} for arm in arms]
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(finite(summary), indent=1), encoding="utf-8")
     write_demo(folder / "report.html", arms)
     write_picture(folder / "demo.svg", arms)
     return summary

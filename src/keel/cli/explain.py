@@ -117,14 +117,14 @@ def _print_tokens(rollout: Any, by: list[str] | None) -> None:
 
 
 def _facts(rollout: Any) -> dict[str, Any]:
-    from keel.cli.show import finite
+    from keel.core.plain import finite
 
     names = ("id", "step", "group", "data_index", "reward", "rewards", "length", "stop", "prompt", "completion")
     return finite({name: getattr(rollout, name) for name in names})
 
 
 def _numbers(rollout: Any, shown: list[Any]) -> dict[str, Any]:
-    from keel.cli.show import finite
+    from keel.core.plain import finite
     from keel.report.tokens import chosen
 
     return {

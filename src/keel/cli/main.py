@@ -33,6 +33,7 @@ from keel.cli.options import (
     ValueOf,
     data_sets,
     pairs,
+    recipes_given,
 )
 
 app = typer.Typer(
@@ -55,7 +56,9 @@ app.add_typer(ui.commands)
 
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe; `keel methods` lists them.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe; `keel methods` lists them.", callback=recipes_given)
+    ] = None,
     model: Model = None,
     task: Task = None,
     data: DataSets = None,
@@ -212,7 +215,9 @@ def serve(
 
 @app.command()
 def verify(
-    recipe: Annotated[list[str] | None, typer.Argument(help="Recipes, file.py:recipe, or file.py:loss.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Argument(help="Recipes, file.py:recipe, or file.py:loss.", callback=recipes_given)
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every recipe.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Add fixed points, variance, larger groups, precision.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 unless everything holds.")] = False,
@@ -332,7 +337,7 @@ def methods(context: typer.Context, as_json: Json = False) -> None:
 
 @methods_app.command("show")
 def methods_show(
-    recipe: Annotated[str, typer.Argument(help="A recipe.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe.", callback=recipes_given)],
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -390,6 +395,9 @@ def main() -> None:
     """The entry point: a user's mistake exits with 2, a fault with 1, both without a traceback."""
     from keel.core.errors import KeelError
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that the terminal lacks must not end a command
+            stream.reconfigure(errors="replace")
     try:
         app()
     except KeelError as error:

@@ -95,6 +95,38 @@ class Classes(StrEnum):
     none = "none"
 
 
+def recipes_given(given: Any) -> Any:
+    """What was given for recipes, none of which is a file alone.
+
+    Raises:
+        ConfigError: one is a file without the name of a recipe; those that it defines are named.
+    """
+    from keel.core.errors import ConfigError
+
+    for place in [given] if isinstance(given, str) else given or []:
+        if place.endswith(".py") and Path(place).is_file():
+            own = _recipes_of(Path(place))
+            known = f" Recipes: {', '.join(own)}." if own else ""
+            raise ConfigError("is a file, which may define several recipes", place, f"Write {place}:NAME.{known}")
+    return given
+
+
+def _recipes_of(file: Path) -> list[str]:
+    """Names of the functions under `@recipe` or `@keel.recipe`, as far as the text tells without running it."""
+    import ast
+
+    try:
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+    except (OSError, ValueError, SyntaxError):
+        return []
+    return [
+        node.name
+        for node in body
+        if isinstance(node, ast.FunctionDef)
+        and any("recipe" in ast.unparse(d).partition("(")[0].split(".") for d in node.decorator_list)
+    ]
+
+
 def data_sets(values: list[str] | None) -> str | dict[str, float] | None:
     """A path, or several with their weights.
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 papers_app = typer.Typer(invoke_without_command=True, help="The papers of the field, and what of each runs in Keel.")
 IN_KEEL = {"implemented": "runs", "experiment": "experiment", "context": "context", "imported": "imported"}
+NARROW = 60  # columns, below which a title beside the rest is cut to pieces
 STYLE = {"implemented": "green", "experiment": "cyan", "context": "dim", "imported": "yellow"}
 
 
@@ -286,19 +287,27 @@ def _day(text: str | None, flag: str) -> date | None:
 def _show_papers(found: Sequence["Paper"], total: int) -> None:
     from rich.console import Console
 
-    Console().print(papers_table(found))
+    console = Console()
+    console.print(papers_table(found, narrow=console.width < NARROW))
     if total > len(found):
         print(f"{len(found)} of {total}; --limit shows more")
     elif not found:
         print("No paper.")
 
 
-def papers_table(found: Sequence["Paper"]) -> "Table":
-    """One paper a row: number, date, what it is in Keel, family, title."""
+def papers_table(found: Sequence["Paper"], narrow: bool = False) -> "Table":
+    """One paper a row: number, date, what it is in Keel, family, title; where it is narrow the title below the rest."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
+    if narrow:
+        table.add_column("no.", no_wrap=True, justify="right")
+        table.add_column("date, in Keel, family; title", overflow="fold")
+        for paper in found:
+            about = "  ".join(word for word in (str(paper.date or ""), IN_KEEL[paper.status], paper.family) if word)
+            table.add_row(str(paper.n), Text.assemble((about, STYLE[paper.status]), "\n", paper.title))
+        return table
     for name in ("no.", "date", "in Keel", "family"):
         table.add_column(name, no_wrap=True, justify="right" if name == "no." else "left")
     table.add_column("title", overflow="fold")

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from keel.core.config import to_config
+from keel.core.plain import finite
 from keel.train.configuration import Configuration
 from keel.train.session import Reporter
 
@@ -38,8 +39,8 @@ def quiet_or_bars(as_json: bool) -> Reporter:
 
 
 def print_json(data: Any) -> None:
-    """JSON on standard output."""
-    print(json.dumps(data, indent=1, allow_nan=False, default=str))
+    """JSON on standard output; null for numbers that JSON does not have."""
+    print(json.dumps(finite(data), indent=1, allow_nan=False, default=str))
 
 
 def print_composition(config: Configuration) -> None:
@@ -189,7 +190,7 @@ def print_samples(samples: list[Any], as_json: bool) -> None:
 def print_accounts(accounts: list[Any], as_json: bool) -> None:
     """What a sampler drew for each prompt, heaviest first, and what it cost."""
     if as_json:
-        print_json([finite(asdict(account)) for account in accounts])
+        print_json([asdict(account) for account in accounts])
         return
     for account in accounts:
         prompt = account.prompt if isinstance(account.prompt, str) else account.prompt[-1].get("content")
@@ -254,19 +255,10 @@ def print_curves(curves: list[Any], as_json: bool) -> None:
 def print_facts(facts: Mapping[str, float], as_json: bool) -> None:
     """Names and numbers."""
     if as_json:
-        print_json(finite(dict(facts)))
+        print_json(dict(facts))
         return
     for name, value in facts.items():
         print(f"{name:<12} {value:.6g}")
-
-
-def finite(data: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(data, dict):
-        return {key: finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def print_runs(folder: Path, as_json: bool) -> None:

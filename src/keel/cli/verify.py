@@ -22,7 +22,7 @@ def run_losses(names: Sequence[str], objective: str | None, level: str, beta: fl
     """Verify loss functions and print what was found; whether all hold the stated objective."""
     reports = [verify_loss(name, objective=objective, level=level, beta=beta) for name in names]  # type: ignore[arg-type]
     if as_json:
-        print_json([plain(report.to_dict()) for report in reports])
+        print_json([report.to_dict() for report in reports])
     else:
         for report in reports:
             print_loss(report)
@@ -35,7 +35,7 @@ def run_verify(names: Sequence[str], everything: bool, full: bool, arguments: Ma
     told = None if as_json or not sys.stderr.isatty() else lambda found: console.print(f"  {found.label}", style="dim")
     found = verify(None if everything else list(names), full=full, arguments=arguments, told=told)
     if as_json:
-        print_json([plain(one.to_dict()) for one in found])
+        print_json([one.to_dict() for one in found])
     else:
         out = Console()
         out.print(table(found, full, wide=out.width >= WIDE))
@@ -49,19 +49,10 @@ def run_verify(names: Sequence[str], everything: bool, full: bool, arguments: Ma
     return all(one.status == HOLDS for one in found)
 
 
-def plain(value: Any) -> Any:
-    """Values for JSON, in which a number that was not measured is null."""
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def table(found: Sequence[Verification], full: bool, wide: bool) -> Table:
-    """One line for each recipe; the objective only where there is room for it."""
+    """One row for each recipe, whose name is folded before a number is cut; the objective only where there is room."""
     out = Table(box=None, pad_edge=False, header_style="bold")
-    out.add_column("recipe", no_wrap=True)
+    out.add_column("recipe", overflow="fold")
     out.add_column("status", no_wrap=True)
     for name in ("error", "off-policy", "groups (G)", *(["fixed"] if full else [])):
         out.add_column(name, justify="right", no_wrap=True)

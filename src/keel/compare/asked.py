@@ -50,7 +50,7 @@ class Asked:
     def command(self) -> str:
         """What asks for the same in a terminal."""
         c = self.conditions
-        words = ["keel", "compare", *self.recipes, "--seeds", str(self.seeds), "--budget", _compact(c.budget)]
+        words = ["keel", "compare", *self.recipes, "--seeds", str(self.seeds), "--budget", c.budget.typed]
         for flag, value in (("--task", c.task), ("--model", c.model), ("--data", c.data), ("--name", self.name)):
             words += [] if value is None else [flag, str(value)]
         words += [word for reward in c.rewards for word in ("--reward", reward)]
@@ -86,7 +86,7 @@ def default_name(asked: Asked) -> str:
 
 
 def _compact(budget: Budget) -> str:
-    """As it is typed.
+    """As it stands in the name of a folder.
 
     >>> _compact(Budget(200000, "tokens")), _compact(Budget(300, "seconds"))
     ('200000-tokens', '5min')

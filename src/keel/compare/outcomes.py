@@ -65,6 +65,15 @@ class Budget:
                         return Budget(amount, unit)
         raise ConfigError(f"cannot be read: '{text}'", "--budget", "For example 200k-tokens, 5min or 100steps.")
 
+    @property
+    def typed(self) -> str:
+        """As one word behind `--budget`.
+
+        >>> Budget(200000, "tokens").typed, Budget(300, "seconds").typed, Budget(2, "steps").typed
+        ('200000-tokens', '5min', '2steps')
+        """
+        return str(self).replace(",", "").replace(" ", "" if self.unit == "steps" else "-")
+
     def __str__(self) -> str:
         if self.unit == "seconds":
             return f"{self.amount / 60:g}min" if self.amount % 60 == 0 else f"{self.amount:g}s"

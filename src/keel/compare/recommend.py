@@ -13,6 +13,7 @@ import numpy as np
 from keel.compare.outcomes import Arm, Budget, Comparison, Outcome
 from keel.compare.record import load, names
 from keel.core.errors import UserError
+from keel.core.plain import finite
 from keel.evaluate.intervals import mean_interval
 from keel.store.store import Store
 from keel.tasks.environment import InteractiveTask
@@ -82,8 +83,7 @@ class Advice:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; null for NaN."""
-        found = asdict(self)
-        return json.loads(json.dumps(found, default=str).replace("NaN", "null"))
+        return finite(asdict(self))
 
     def text(self) -> str:
         """For a terminal."""
@@ -174,7 +174,7 @@ def _command(task: str, chosen: Sequence[Evidence], budget: Budget | None) -> st
     recipes = list(dict.fromkeys(one.recipe for one in chosen))[:3]
     parts = ["keel compare", *recipes]
     parts += [] if task == DEFAULT_TASK else ["--task", task]
-    parts += [] if budget is None else ["--budget", str(budget).replace(",", "").replace(" ", "-")]
+    parts += [] if budget is None else ["--budget", budget.typed]
     return " ".join([*parts, "--seeds 3"])
 
 

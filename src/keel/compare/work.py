@@ -19,6 +19,7 @@ from keel.compare.running import Cells, Stopping
 from keel.compare.timing import REPORT, Times, check_budget, in_words, times_of
 from keel.compare.tuning import choose, skipped, trial_arms, tuned_arms
 from keel.compare.workers import Launch, Room, local, room_for, weights_of
+from keel.core.plain import counted
 from keel.train.configuration import Configuration
 from keel.train.progress import default_reporter
 from keel.train.session import Reporter
@@ -225,15 +226,19 @@ class Work:
 def facts(work: Work, states: Sequence[str], trials: int, rest_trials: int) -> list[str]:
     """What is compared, what of it is there already, and how the rest will run."""
     record, budget = work.record, work.asked.conditions.budget
-    counted = {name: states.count(name) for name in ("finished", "failed", "running", "begun", "new")}
+    numbers = {name: states.count(name) for name in ("finished", "failed", "running", "begun", "new")}
     words = {"running": "run by another process", "begun": "to be continued", "new": "to run"}
-    said = ", ".join(f"{count} {words.get(name, name)}" for name, count in counted.items() if count)
+    said = ", ".join(f"{count} {words.get(name, name)}" for name, count in numbers.items() if count)
+    sizes = f"{counted(len(record.arms), 'arm')} x {counted(len(record.seeds), 'seed')}"
     lines = [
-        f"{record.name}: {len(record.arms)} arms x {len(record.seeds)} seeds on {record.task}, {budget} each: {said}",
+        f"{record.name}: {sizes} on {record.task}, {budget} each: {said}",
         str(work.room),
     ]
     if trials:
-        lines.insert(1, f"before that {trials} trials of strengths under the same budget, {rest_trials} of them to run")
+        lines.insert(
+            1,
+            f"before that {counted(trials, 'trial')} of strengths under the same budget, {rest_trials} of them to run",
+        )
     return lines
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -91,10 +92,13 @@ def check(value: Any, hint: Any, where: str) -> Any:
         ConfigError: it does not fit.
     """
     try:
-        return _adapter(hint).validate_python(value)
+        found = _adapter(hint).validate_python(value)
     except ValidationError as error:
         problems = "; ".join(dict.fromkeys(item["msg"] for item in error.errors()[:3]))
         raise ConfigError(f"{problems} (got {value!r})", where) from None
+    if any(isinstance(one, float) and math.isnan(one) for one in (found if isinstance(found, tuple) else (found,))):
+        raise ConfigError(f"must be a number (got {value!r})", where)
+    return found
 
 
 def set_path(value: Any, path: str, new: Any, where: str = "") -> Any:

@@ -57,11 +57,16 @@ class TrainingError(KeelError):
     """Training cannot go on: non-finite losses, or no usable groups."""
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
     """` Did you mean 'x'?` for the choice closest to `word`, or an empty string.
+
+    Args:
+        word: as it was written.
+        choices: what it may have meant.
+        cutoff: the least similarity, of 0 to 1; higher where the word may well have been meant.
 
     >>> nearest("epsilom", ["epsilon", "beta"])
     " Did you mean 'epsilon'?"
     """
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
     return f" Did you mean '{close[0]}'?" if close else ""

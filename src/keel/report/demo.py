@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from keel.core.plain import counted
 from keel.evaluate.evaluation import change
 from keel.evaluate.intervals import Interval
 from keel.report.arms import Arm, largest_common, looks
@@ -54,9 +55,10 @@ def demo(arms: Sequence[Arm], introduction: str = INTRODUCTION, command: str | N
     items = "".join(f"<li>{prose(sentence)}</li>" for sentence in findings(arms))
     sentences = f"<ul>{items}</ul>" if items else ""
     sizes = arms[0].evaluation
+    measured = f"{counted(sizes.prompts, 'held-out prompt')}, {counted(sizes.samples, 'sample')} of each"
     caption = (
-        f"{sizes.prompts} held-out prompts, {sizes.samples} samples of each; below each number its 95% bootstrap "
-        "interval over prompts. Entropy and KL to the policy before training in nats a token."
+        f"{measured}; below each number its 95% bootstrap interval over prompts. Entropy and KL to the policy before "
+        "training in nats a token."
     )
     rows = [
         [_key(look.colour) + text(arm.label), *(cell(value) for value in values)]

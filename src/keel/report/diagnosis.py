@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from keel.core.plain import counted
 from keel.evaluate.evaluation import Evaluation, change
 from keel.evaluate.intervals import Interval
 from keel.report.checks import CHECKS
@@ -35,7 +36,7 @@ def diagnose(
     found += _evaluations(run, before, after)
     if not any(finding.level in (Level.PROBLEM, Level.WARNING) for finding in found):
         steps = max((len(curve) for curve in metrics.values()), default=0)
-        what = f"Nothing unusual in the metrics of {steps} steps." if steps else "No metrics were logged."
+        what = f"Nothing unusual in the metrics of {counted(steps, 'step')}." if steps else "No metrics were logged."
         found.append(Finding(Level.GOOD if steps else Level.NOTE, what))
     return sorted(found, key=lambda finding: list(Level).index(finding.level))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from keel.core.errors import RunError
+from keel.core.plain import counted
 from keel.evaluate.evaluation import Completion, Evaluation, change
 from keel.report.arms import before_and_after
 from keel.report.diagnosis import Finding, diagnose
@@ -270,12 +271,14 @@ def _evaluation_table(data: RunData) -> str:
         rows.append([*row, cell(change(before, after, name), signed=True)] if before and after else row)
     head = ["", *(arm.label.removesuffix(" training") for arm in arms), *(["change"] if both else [])]
     sizes = arms[-1].evaluation
-    measured = f"{sizes.prompts} prompts, {sizes.samples} samples of each"
-    caption = f"{measured if sizes.samples else f'{sizes.prompts} comparisons'}; below each number its 95% interval."
+    measured = f"{counted(sizes.prompts, 'prompt')}, {counted(sizes.samples, 'sample')} of each"
+    caption = (
+        f"{measured if sizes.samples else counted(sizes.prompts, 'comparison')}; below each number its 95% interval."
+    )
     if compares(sizes):
-        caption = f"{sizes.prompts} pairs; below each number its 95% interval."
+        caption = f"{counted(sizes.prompts, 'pair')}; below each number its 95% interval."
     if sizes.errors:
-        caption += f" {sizes.errors} samples could not be scored and count nowhere."
+        caption += f" {counted(sizes.errors, 'sample')} could not be scored and count nowhere."
     return table(head, rows, caption)
 
 

@@ -185,10 +185,9 @@ class TargetReport:
             return
         alike = self._equal_rewards()
         if alike and int(survey.good.sum(-1).max()) > 1:
-            yield (
-                "Equal rewards keep their reference odds, under every divergence and every beta "
-                f"(here to within {max(self._odds_moved(found) for found in tilts):.0e} in log-odds)."
-            )
+            moved_most = max(self._odds_moved(found) for found in tilts)
+            within = f"to within {moved_most:.0e} in log-odds" if moved_most else "exactly"
+            yield (f"Equal rewards keep their reference odds, under every divergence and every beta (here {within}).")
         restricted = self.restricted()
         for found in tilts if len(tilts) <= SAID else [tilts[0], tilts[-1]]:
             moved = 0.5 * (found.log_prob.exp() - restricted.exp()).abs().sum(-1).mean()

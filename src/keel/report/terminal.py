@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from keel.core.plain import counted
 from keel.evaluate.evaluation import Evaluation, change
 from keel.evaluate.intervals import Interval
 from keel.report.arms import Arm
@@ -38,7 +39,7 @@ def evaluation_table(before: Evaluation | None, after: Evaluation | None = None,
         table.add_row(*row)
     brackets = ", [95% interval]" if len(sides) == 2 else ""
     last = sides[-1]
-    sizes = f"{last.prompts} prompts x {last.samples} samples" if last.samples else f"{last.prompts} comparisons"
+    sizes = _sizes(last) if last.samples else counted(last.prompts, "comparison")
     table.caption = f"{sizes}; ± half of a 95% interval{brackets}"
     return table
 
@@ -63,7 +64,7 @@ def demo_table(arms: Sequence[Arm], title: str | None = None) -> Table:
         table.add_row(*row)
     if arms:
         sizes = arms[0].evaluation
-        table.caption = f"{sizes.prompts} held-out prompts x {sizes.samples} samples; ± half of a 95% interval"
+        table.caption = f"{_sizes(sizes, 'held-out ')}; ± half of a 95% interval"
     return table
 
 
@@ -91,6 +92,10 @@ def _table(title: str | None) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
+
+
+def _sizes(evaluation: Evaluation, which: str = "") -> str:
+    return f"{counted(evaluation.prompts, f'{which}prompt')} x {counted(evaluation.samples, 'sample')}"
 
 
 def _plain(text: str) -> Text:

@@ -36,6 +36,8 @@ class Sampling:
             raise ValueError(f"temperature must be 0 (greedy) or positive, not {self.temperature}")
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be at least 1, not {self.max_completion_length}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
         filters(self.top_k, self.top_p, self.min_p)
 
     @property

@@ -31,6 +31,7 @@ _TEXTS = {
     "labels": ("completion", "label"),
     "ratings": ("completion", *_NUMBERS["ratings"]),
 }
+MISSPELT = 0.75  # similarity from which a column is taken for a slip: `promt`, but not `source` for `score`
 _SETTINGS = ("weight", "margin", "probability", "domain")
 _RESERVED = ("prompts", "completion_ids")  # what reward functions are given under these names is not a column
 _ORDER: dict[Kind, tuple[Form, ...]] = {  # which form is read where a row has the columns of several
@@ -282,7 +283,8 @@ def _texts_named(form: Form) -> str:
 def _misspelt(row: Row) -> str:
     known = ("chosen", "rejected", "completions", "completion", "label", "score")
     other = (key for key in row if isinstance(key, str) and key not in (*known, "prompt", "messages"))
-    hints = {key: nearest(key, known) for key in other}
+    missing = [key for key in known if key not in row]
+    hints = {key: nearest(key, missing, MISSPELT) for key in other}
     return next((f" For {key!r}:{hint}" for key, hint in hints.items() if hint), "")
 
 

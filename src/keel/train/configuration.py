@@ -30,7 +30,7 @@ SECTIONS: dict[str, type[Section]] = {
 _SLOTS = tuple(f.name for f in fields(Method))
 KEYS = ("recipe", "method", *SECTIONS, "seed", "name")
 TINY = "tiny"
-SAMPLER = "rollout.sampler"
+SAMPLER, GENERATIONS = "rollout.sampler", "rollout.num_generations"
 LARGEST_SEED = 2**63 - 1  # of an integer in SQLite
 LONGEST_NAME = 255  # bytes of a folder's name
 
@@ -177,6 +177,8 @@ def resolve(request: Request, task: Task | None = None) -> Configuration:
         method = _with_preset(method, preset, arguments, known, task)
     if request.teacher is not None:
         method = _with_teacher(method, request.teacher)
+    if known is not None and GENERATIONS in paths and "num_generations" in known.arguments:
+        known(**{**arguments, "num_generations": from_config(paths[GENERATIONS], GENERATIONS)})  # what it says of them
     for path, value in _with_sampler(paths, method).items():
         method = method.set(path, from_config(value, path))
     _check_chains(method)
@@ -397,11 +399,10 @@ def _check_chains(method: Method) -> None:
 
 
 def _check_name(name: str) -> None:
-    """A run's name is a folder below that of the runs."""
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or "\\" in name:
+    """A run's name is a folder in that of the runs, beside their store."""
+    if name in ("", ".", "..") or not name.isprintable() or "/" in name or "\\" in name:
         raise ConfigError(f"cannot be a folder's name (got {name!r})", "name", "Use letters, digits, - and _.")
-    longest = max(len(part.encode()) for part in parts)
+    longest = len(name.encode())
     if longest > LONGEST_NAME:
         what = f"has {longest} bytes, and a folder's name at most {LONGEST_NAME} (got '{name[:20]}...')"
         raise ConfigError(what, "name", "Give a shorter one.")

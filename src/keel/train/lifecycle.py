@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from keel.core.choice import counter_seed
-from keel.core.errors import CheckpointError, KeelError, RunError
+from keel.core.errors import CheckpointError, KeelError, RunError, nearest
+from keel.core.plain import finite
 from keel.core.policy import PolicyModel
 from keel.evaluate.evaluation import Evaluation
 from keel.models.language import LanguageModel
@@ -157,9 +158,8 @@ def _made(path: Path, resume: bool) -> bool:
             ) from None
         return False
     except OSError as error:
-        if error.errno not in _NO_FOLDER:
-            raise
-        what, fix = _NO_FOLDER[error.errno]
+        usual = f"a run's folder cannot be made here: {error.strerror}", "Give another folder as --runs."
+        what, fix = _NO_FOLDER.get(error.errno or 0, usual)
         raise RunError(what, str(path), fix) from None
     return True
 
@@ -183,7 +183,9 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
         for complaint in complaints:
             report("warning", {"text": complaint})
         if checkpoint is None:
-            report("note", {"text": f"{path} has no checkpoint: starting from the beginning"})
+            others = [place.name for place in path.parent.iterdir() if (place / "config.yaml").is_file()]
+            text = f"{path} has no checkpoint: starting from the beginning.{nearest(path.name, others)}"
+            report("note", {"text": text})
         else:
             report("note", {"text": f"continuing from {checkpoint}"})
     start = load_model(config.model, setup.source, setup.tokenizer, config.seed)
@@ -337,7 +339,7 @@ def _finish(session: Session, measured: dict[str, Evaluation], report: Reporter)
     store.finish(run_id, "finished", summary)
     metrics = store.metrics(run_id)
     write_report(path)
-    write_text(path / "summary.json", json.dumps(summary, indent=1))
+    write_text(path / "summary.json", json.dumps(finite(summary), indent=1))
     report("done", {"summary": summary, "evaluations": measured, "path": path, "metrics": metrics})
     return Run(path, session.policy.module, session.policy.tokenizer, metrics, summary, measured, config)
 

@@ -23,7 +23,7 @@ from keel.core.errors import TrainingError
 from keel.core.rows import Rows, Stream, cat
 from keel.models.heads import follow
 from keel.models.load import frozen_copy, is_out_of_memory, out_of_memory
-from keel.parts.rewards.score import score
+from keel.parts.rewards.score import Scores, score
 from keel.rollouts.episodes import Played
 from keel.statistics.functionals import Entropy, Functional, LogProb
 from keel.statistics.stats import Stats
@@ -53,6 +53,7 @@ from keel.train.symptoms import ratio_metrics
 from keel.train.watch import Watch
 
 PATIENCE = 3  # skipped updates in a row that end a run
+UNREWARDED = "unrewarded"  # what is told once
 
 
 def run(session: Session) -> None:
@@ -180,10 +181,11 @@ def score_round(
     for name, errors in scores.errors.items():
         metrics[f"rewards/{name}/errors"] = float(errors)
         if errors:
-            reason = "; ".join(scores.messages.get(name, [])[:1])
-            session.report(
-                "warning", {"text": f"reward '{name}' failed for {errors} groups, which are left out: {reason}"}
-            )
+            reason, count = "; ".join(scores.messages.get(name, [])[:1]), f"{errors} group{'s' * (errors != 1)}"
+            which = "are" if errors != 1 else "is"
+            text = f"reward '{name}' failed for {count}, which {which} left out: {reason}"
+            session.report("warning", {"text": text})
+    _check_scored(session, scores)
     own = torch.tensor([example.index for example in owners], device=rows.device)
     values = scores.values.to(rows.device)
     named = {f"rewards/{name}": values[:, k] for k, name in enumerate(scores.names)}
@@ -198,6 +200,25 @@ def score_round(
         metrics |= {f"{HIDDEN}{name}/errors": float(errors) for name, errors in found.errors.items()}
     said: list[tuple[Text, str]] = [(e.prompt, text) for e, text in zip(owners, texts, strict=True)]
     return rows, said, scores.failed.to(rows.device) | unjudged, metrics
+
+
+def _check_scored(session: Session, scores: Scores) -> None:
+    """A completion that no function has a reward for teaches nothing, and would look like one with reward 0.
+
+    Raises:
+        TrainingError: there is no other in the batch.
+    """
+    without = scores.values.isnan().all(1) & ~scores.failed if scores.names else scores.failed & False
+    if not bool(without.any()):
+        return
+    what = f"{', '.join(scores.names)} returned None or NaN"
+    if bool((without | scores.failed).all()):
+        fix = "Return a number for each completion that it is for, or add a reward that applies to these prompts."
+        raise TrainingError(f"no completion of this batch has a reward: {what} for all of them", "rewards", fix)
+    if UNREWARDED not in session.told:
+        session.told.add(UNREWARDED)
+        text = f"{int(without.sum())} of {len(without)} completions have no reward, and are not learnt from: {what}"
+        session.report("warning", {"text": f"{text} (said once)"})
 
 
 def tied_rows(rows: Rows) -> Tensor:
@@ -377,7 +398,8 @@ def logs_completions(session: Session, batch: Batch, step: int) -> bool:
     """Whether completions of this step go to the store with their numbers per token."""
     shown = session.method.kind == "online" or session.preferences is not None
     stored = shown and session.store is not None and session.run_id is not None
-    return stored and bool(batch.texts) and due(step, session.config.train.log_completions)
+    every, last = session.config.train.log_completions, session.config.train.max_steps
+    return stored and bool(batch.texts) and (due(step, every) or step == last < every)  # of a short run its last ones
 
 
 def _keep_old_weights(session: Session) -> None:

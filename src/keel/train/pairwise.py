@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from keel.core.errors import MethodError
+from keel.core.plain import counted
 from keel.core.rows import Rows, Stream
 from keel.method import Method
 from keel.parts.rewards.pairing import JUDGE, PLACE, rows_to_compare
@@ -71,7 +72,8 @@ def with_judgements(
     if len(guilty):
         reason = f"{float(said[wrong][0]):g} is no probability" if bool(wrong.any()) else ""
         reason = reason or "; ".join(answers.messages.get("judge", [])[:1])
-        text = f"the judge failed for {len(guilty)} groups, which are left out: {reason}"
+        left = f"{counted(len(guilty), 'group')}, which {'is' if len(guilty) == 1 else 'are'} left out"
+        text = f"the judge failed for {left}: {reason}"
         session.report("warning", {"text": text})
     count = len(first)
     wins = (said[:count] + 1 - said[count:]) / 2

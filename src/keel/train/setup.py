@@ -226,6 +226,9 @@ def _with_checkpoint(config: Configuration) -> Configuration:
     """Of a policy that begins as a run, its newest checkpoint by name: what is stored says which one that was."""
     named = config.model.path
     found = None if named in (TINY, IN_MEMORY) else run_checkpoint(Path(named))
+    if found is not None and any(found.rglob("adapter_config.json")):
+        what = "trained an adapter, without which the reference would be the model before it"
+        raise ConfigError(what, named, f"Write its model first: keel export {named} PATH, then --model PATH.")
     return config if found is None else replace(config, model=config.model.model_copy(update={"path": str(found)}))
 
 
