@@ -170,7 +170,8 @@ def _again(evidence: Evidence, arms: Sequence[Arm]) -> list[str]:
             cells.append(_number(fresh.measure(arm, name).value))
             cells.append("" if arm == GRPO else _signed(fresh.difference(arm, GRPO, name)))
         lines.append(_row([*cells, _number(fresh.measure(arm, "kl").value), str(len(fresh.seeds(arm)))]))
-    return [*lines, ""]
+    left = [f"`{arm.label}`" for arm in arms if len(fresh.seeds(arm)) < plan.MORE_SEEDS - plan.SEEDS]
+    return [*lines, "", *([f"Seeds are missing of {', '.join(left)}.\n"] if left else [])]
 
 
 def given(name: str) -> tuple:
