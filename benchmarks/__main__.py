@@ -24,7 +24,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
     if wanted in ("all", "head"):
         yield from head.rows(**turns, threads=arguments.threads)
     if wanted in ("all", "distillation"):
-        yield from distillation.rows(min(3, arguments.repeats), arguments.threads)
+        yield from distillation.rows(**turns, threads=arguments.threads)
     if wanted in ("all", "sampling"):
         yield from sampling.rows(**model, **turns, batch=arguments.batch)
     if wanted in ("all", "step"):

@@ -224,7 +224,7 @@ def test_names_that_no_folder_can_have(dpo, tmp_path):
     with pytest.raises(ConfigError, match="has 280 bytes"):
         dpo(data=PAIRS, name="ä" * 140)
     with pytest.raises(RunError, match="too long"):
-        dpo(data=PAIRS, name="/".join(["a" * 200] * 25))
+        dpo(data=PAIRS, runs=tmp_path.joinpath(*["a" * 200] * 25))
     assert dpo(data=PAIRS, name="a" * 255, max_steps=1).path.name == "a" * 255
 
 

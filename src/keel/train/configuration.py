@@ -401,7 +401,7 @@ def _check_chains(method: Method) -> None:
 def _check_name(name: str) -> None:
     """A run's name is a folder in that of the runs, beside their store."""
     if name in ("", ".", "..") or not name.isprintable() or "/" in name or "\\" in name:
-        raise ConfigError(f"cannot be a folder's name (got {name!r})", "name", "Use letters, digits, - and _.")
+        raise ConfigError(f"cannot be a folder's name (got {name!r:.60})", "name", "Use letters, digits, - and _.")
     longest = len(name.encode())
     if longest > LONGEST_NAME:
         what = f"has {longest} bytes, and a folder's name at most {LONGEST_NAME} (got '{name[:20]}...')"
