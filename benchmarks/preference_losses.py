@@ -22,7 +22,7 @@ from benchmarks.cells import BASE, Cell, base_of, checksum_of, machine, task_nam
 from benchmarks.measuring import ROOT
 from benchmarks.page import processor
 from keel.core.choice import counter_seed
-from keel.core.errors import KeelError
+from keel.core.errors import KeelError, nearest
 from keel.evaluate.intervals import Interval, mean_interval
 from keel.models.load import load
 from keel.recipes.registry import recipes
@@ -179,10 +179,10 @@ def code_of(one: Cell) -> results.Code:
     }
 
 
-def work(seeds: int, minutes: float | None, folder: Path) -> None:
-    """Run what is missing or stale; several processes share the work."""
+def work(seeds: int, minutes: float | None, folder: Path, what: Sequence[str] = ()) -> None:
+    """Run what is missing or stale of some recipes, or of all; several processes share the work."""
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    for one in [cell(name, seed) for seed in range(seeds) for name in (BASE, *names())]:
+    for one in [cell(name, seed) for seed in range(seeds) for name in what or (BASE, *names())]:
         if end is not None and time.monotonic() > end:
             print("the budget is used up")
             return
@@ -256,14 +256,18 @@ def write(folder: Path) -> None:
 def main(given: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preference_losses", description=__doc__)
+    parser.add_argument("what", nargs="*", help="recipes, or base; all without any")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--budget", type=float, help="minutes")
     parser.add_argument("--write", action="store_true", help="write docs/pairs.md")
     parser.add_argument("--results", type=Path, default=FOLDER)
     chosen = parser.parse_args(given)
+    for name in chosen.what:
+        if name not in (known := (BASE, *names())):
+            parser.error(f"there is no '{name}'.{nearest(name, known)}")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    work(chosen.seeds, chosen.budget, chosen.results)
+    work(chosen.seeds, chosen.budget, chosen.results, chosen.what)
     if chosen.write:
         write(chosen.results)
 
