@@ -41,6 +41,9 @@ def test_a_comparison_has_an_outcome_for_every_cell(finished):
     ]
     for one in comparison.outcomes:
         assert one.values["pass@1"].shape == one.before["pass@1"].shape == (8,)
+        assert one.before["pass@1"].tolist() == comparison.outcomes[0].before["pass@1"].tolist()  # one base, one draw
+        summary = json.loads((runs / one.run / "summary.json").read_text())
+        assert one.values["pass@1"].mean() == pytest.approx(summary["after"]["pass@1"][0], abs=1e-9)
         assert [step for step, _ in one.curves["num_tokens"]] == [step for step, _ in one.curves["seconds"]] == [1, 2]
         assert one.curves["num_tokens"][-1][1] == one.tokens > 0
         assert (one.steps, one.seconds > 0) == (2, True)

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from tests.models.test_language import ragged
 from tests.models.test_load import states
 
 from keel.core.config import from_config, to_config
@@ -271,4 +270,3 @@ def test_a_value_head_is_linear_and_starts_at_zero():
         head.bias.fill_(0.5)
     assert head(torch.tensor([[1.0, 0.0, -1.0, 2.0]], dtype=torch.bfloat16)).tolist() == [6.5]
     assert torch.equal(ValueHead(4, std=1.0, seed=3).weight, ValueHead(4, std=1.0, seed=3).weight)
-    assert ragged().tokens.shape == (4, 4)

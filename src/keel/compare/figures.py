@@ -15,7 +15,7 @@ from keel.compare.sentences import chance, label, number, ranged
 from keel.compare.statistics import profile
 from keel.evaluate.intervals import Interval, mean_interval
 from keel.report.arms import Look
-from keel.report.figures import Figure
+from keel.report.figures import Figure, error_bars
 from keel.report.style import ARMS, layout
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -80,7 +80,7 @@ def _rows(
             {
                 "x": [interval.value],
                 "y": [place],
-                "error_x": _errors([interval], look),
+                "error_x": error_bars([interval], look),
                 "type": "scatter",
                 "mode": "markers",
                 "name": difference.arm,
@@ -166,8 +166,8 @@ def frontier(comparison: Comparison, reward: str) -> Figure | None:
                 **shared,
                 "x": [across.value],
                 "y": [up.value],
-                "error_x": _errors([across], look),
-                "error_y": _errors([up], look),
+                "error_x": error_bars([across], look),
+                "error_y": error_bars([up], look),
                 "marker": _marker(look, 13),
                 "hovertemplate": f"KL {ranged(across)}<br>{label(reward)} {ranged(up)}<extra>{arm}</extra>",
             }
@@ -267,20 +267,6 @@ def _line(name: str, look: Look) -> dict[str, Any]:
 def _marker(look: Look, size: int = 8) -> dict[str, Any]:
     edge = {"color": f"@{look.colour}" if look.marker.endswith("-open") else "@surface", "width": 1}
     return {"color": f"@{look.colour}", "symbol": look.marker, "size": size, "line": edge}
-
-
-def _errors(intervals: Sequence[Interval], look: Look) -> dict[str, Any]:
-    if not all(interval.known for interval in intervals):
-        return {"visible": False}
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [interval.high - interval.value for interval in intervals],
-        "arrayminus": [interval.value - interval.low for interval in intervals],
-        "color": f"@{look.colour}",
-        "thickness": 1.5,
-        "width": 4,
-    }
 
 
 def _short(name: str) -> str:

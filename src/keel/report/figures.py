@@ -195,7 +195,7 @@ def evaluations_over_steps(points: Sequence[tuple[int, Mapping[str, Interval]]],
             {
                 "x": [step for step, _ in found],
                 "y": [interval.value for _, interval in found],
-                "error_y": _errors([interval for _, interval in found], look),
+                "error_y": error_bars([interval for _, interval in found], look),
                 "type": "scatter",
                 "mode": "lines+markers",
                 "name": name,
@@ -271,10 +271,11 @@ def _marker(look: Look, size: int = 8) -> dict[str, Any]:
 
 
 def _error(interval: Interval, look: Look) -> dict[str, Any]:
-    return _errors([interval], look)
+    return error_bars([interval], look)
 
 
-def _errors(intervals: Sequence[Interval], look: Look) -> dict[str, Any]:
+def error_bars(intervals: Sequence[Interval], look: Look) -> dict[str, Any]:
+    """The ends of intervals, for plotly; nothing to be seen where one of them is not known."""
     if not all(interval.known for interval in intervals):
         return {"visible": False}
     return {
