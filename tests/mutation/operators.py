@@ -1,32 +1,11 @@
-"""Faults that are planted into formulas, made from the syntax tree: one expression is replaced by a wrong one.
-
-An operator takes an expression and yields what it might wrongly have been. The source is spliced, so that all other
-code keeps its place and its line.
-
-Left out, because no formula stands there:
-    raise, assert, except, the condition of an `if` that only raises, and `__post_init__`: validation, with tests of
-        its own;
-    docstrings, f-strings, names, annotations, decorators, imports;
-    defaults of arguments and fields: settings, which recipes state and their tests compare;
-    `needs`, `heads_read`, `init`: declarations; a functional too many is only measured in vain;
-    `metrics`: what is only logged; what a part remembers (`observe`) is in;
-    indices and slices; the number of an axis is replaced, a place is not.
-"""
+"""Wrong expressions for right ones: an operator takes an expression and yields what it might wrongly have been."""
 
 import ast
-import copy
-import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 
-UNTOUCHED = ("__post_init__", "__str__", "__repr__", "needs", "heads_read", "init", "metrics")
-AXIS_METHODS = (
-    "sum", "mean", "any", "all", "amax", "amin", "max", "min", "cumsum", "cummin", "cummax", "logcumsumexp",
-    "cumprod", "sort", "argsort", "softmax", "log_softmax", "logsumexp", "unbind", "cat", "stack", "flip", "std",
-    "var", "prod", "nansum", "nanmean", "unsqueeze", "squeeze", "size", "argmax", "argmin",
-)  # fmt: skip
+from tests.mutation.places import AXIS_METHODS, Place, is_axis, name_of
+
 COMMUTATIVE = ("minimum", "maximum", "min", "max", "isclose", "promote_types", "logaddexp", "zip", "equal")
 SHAPED = (
     "where", "isinstance", "hasattr", "getattr", "setattr", "range", "full", "full_like", "new_full", "zeros",
@@ -69,80 +48,9 @@ MASKLIKE = re.compile(r"mask|valid|counted|\bmain\b|isnan|isfinite|weight > 0|pr
 Changed = Iterator[ast.expr]
 
 
-@dataclass
-class Place:
-    """Where an expression stands."""
-
-    parents: list[ast.AST]
-    scope: tuple[str, ...] = ()
-    gradient: tuple[str, ...] = ("",)  # beginnings of the scopes through which gradients flow
-
-    @property
-    def parent(self) -> ast.AST:
-        """The node that holds it."""
-        return self.parents[-1]
-
-    def called(self) -> str | None:
-        """The name of the call of which it is an argument."""
-        for node in reversed(self.parents):
-            if isinstance(node, ast.Call):
-                return name_of(node)
-            if not isinstance(node, ast.UnaryOp | ast.keyword | ast.Tuple):
-                return None
-        return None
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One planted fault.
-
-    Args:
-        path: of the file, relative to the project.
-        line, last: lines of the statement that holds it.
-        operator: what kind of fault.
-        before, after: the expression and what takes its place.
-        start, end: the bytes of the source that are replaced.
-        inside: whether it is in a function, whose code can be replaced while the program runs.
-        scope: names of the classes and functions around it.
-        nth: how many like it come before it in the scope.
-    """
-
-    path: str
-    line: int
-    last: int
-    operator: str
-    before: str
-    after: str
-    start: int = field(compare=False)
-    end: int = field(compare=False)
-    inside: bool = True
-    scope: str = ""
-    nth: int = 0
-
-    @property
-    def id(self) -> str:
-        """file:line:operator:before -> after."""
-        return f"{self.path}:{self.line}:{self.operator}:{self.before} -> {self.after}"
-
-    @property
-    def short(self) -> str:
-        """Eight digits of the hash of all but its lines, which a change elsewhere in the file moves."""
-        what = (self.path, self.scope, self.operator, self.before, self.after, str(self.nth))
-        return hashlib.sha256("\n".join(what).encode()).hexdigest()[:8]
-
-    def planted(self, source: str) -> str:
-        """The source with the fault; lines keep their numbers."""
-        data = source.encode()
-        lines = data[self.start : self.end].count(b"\n")
-        return (data[: self.start] + f"({self.after}{chr(10) * lines})".encode() + data[self.end :]).decode()
-
-
-# -- operators -------------------------------------------------------------------------------------------------------
-
-
 def sign(node: ast.expr, place: Place) -> Changed:
     """-x as x; a + b as a - b and the other way round."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not _is_axis(node, place):
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not is_axis(node, place):
         yield node.operand
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
         if any(isinstance(side, ast.List | ast.Tuple | ast.JoinedStr) or _text(side) for side in _sides(node)):
@@ -167,7 +75,7 @@ def swap(node: ast.expr, place: Place) -> Changed:
 
 def axis(node: ast.expr, place: Place) -> Changed:
     """Axis 1 as 0 and 0 as 1, -1 as 0."""
-    if _is_axis(node, place):
+    if is_axis(node, place):
         value = ast.literal_eval(node)
         yield ast.Constant({1: 0, 0: 1, -1: 0}.get(value, value - 1))
 
@@ -309,7 +217,7 @@ def comparison(node: ast.expr, place: Place) -> Changed:
 
 def constant(node: ast.expr, place: Place) -> Changed:
     """Another number in a formula: 0 as 1, 1 as 2, 1/2 as 1, any other doubled."""
-    if not isinstance(node, ast.Constant) or type(node.value) not in (int, float) or _is_axis(node, place):
+    if not isinstance(node, ast.Constant) or type(node.value) not in (int, float) or is_axis(node, place):
         return
     parent = place.parent
     keyword = isinstance(parent, ast.keyword) and parent.arg not in ("dim", "threshold", "correction", "minlength")
@@ -392,103 +300,7 @@ OPERATORS: dict[str, Callable[[ast.expr, Place], Changed]] = {
 }
 
 
-# -- finding the places ----------------------------------------------------------------------------------------------
-
-
-def mutants(source: str, path: str, gradient: tuple[str, ...] = ("",)) -> list[Mutant]:
-    """All faults of a module, in the order of its lines; one that says the same as another is left out."""
-    starts = [0]
-    for line in source.encode().split(b"\n"):
-        starts.append(starts[-1] + len(line) + 1)
-    found: dict[tuple[int, int, str], Mutant] = {}
-    for node, place, statement in _expressions(ast.parse(source), path, gradient):
-        start = starts[node.lineno - 1] + node.col_offset
-        end = starts[node.end_lineno - 1] + node.end_col_offset
-        before = ast.unparse(node)
-        inside = any(isinstance(p, ast.FunctionDef | ast.Lambda) for p in place.parents)
-        for name, operator in OPERATORS.items():
-            for new in operator(node, place):
-                after = ast.unparse(ast.fix_missing_locations(copy.deepcopy(new)))
-                if after != before and (start, end, after) not in found:
-                    lines = (statement.lineno, getattr(statement, "end_lineno", statement.lineno))
-                    scope = ".".join(place.scope[1:])
-                    mutant = Mutant(path, node.lineno, lines[1], name, before, after, start, end, inside, scope)
-                    found[start, end, after] = mutant
-    seen: Counter[tuple[str, ...]] = Counter()
-    numbered = []
-    for mutant in sorted(found.values(), key=lambda m: (m.start, m.end, m.operator, m.after)):
-        what = (mutant.scope, mutant.operator, mutant.before, mutant.after)
-        numbered.append(replace(mutant, nth=seen[what]))
-        seen[what] += 1
-    return numbered
-
-
-def _expressions(tree: ast.Module, path: str, gradient: tuple[str, ...]) -> Iterator[tuple[ast.expr, Place, ast.AST]]:
-    """Expressions that are part of a formula, with where they stand and their statement."""
-    stack: list[tuple[ast.AST, list[ast.AST], tuple[str, ...], ast.AST]] = [(tree, [], (path,), tree)]
-    while stack:
-        node, parents, scope, statement = stack.pop()
-        if isinstance(node, ast.stmt):
-            statement = node
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            scope = (*scope, node.name)
-        if isinstance(node, ast.expr) and not isinstance(node, ast.Starred | ast.Slice):
-            yield node, Place(parents, scope, gradient), statement
-        for child in reversed(list(_children(node, parents))):
-            stack.append((child, [*parents, node], scope, statement))
-
-
-def _children(node: ast.AST, parents: list[ast.AST]) -> Iterator[ast.AST]:
-    """The parts of a node in which formulas may stand."""
-    if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.ExceptHandler):
-        return
-    if isinstance(node, ast.FunctionDef):
-        if node.name not in UNTOUCHED:
-            yield from node.body
-    elif isinstance(node, ast.ClassDef):
-        yield from (n for n in node.body if isinstance(n, ast.FunctionDef))
-    elif isinstance(node, ast.If) and all(isinstance(n, ast.Raise) for n in node.body):
-        yield from node.orelse
-    elif isinstance(node, ast.Lambda):
-        yield node.body
-    elif isinstance(node, ast.Assign | ast.AnnAssign):
-        if node.value is not None and (len(parents) > 1 or not isinstance(node.value, ast.Subscript)):
-            yield node.value
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-        return
-    elif isinstance(node, ast.Subscript):
-        yield node.value
-        if not isinstance(node.slice, ast.Constant | ast.Tuple | ast.Slice | ast.UnaryOp):
-            yield node.slice
-    else:
-        yield from ast.iter_child_nodes(node)
-
-
 # -- reading and building --------------------------------------------------------------------------------------------
-
-
-def name_of(call: ast.Call) -> str:
-    """The last name of what is called."""
-    if isinstance(call.func, ast.Attribute):
-        return call.func.attr
-    return call.func.id if isinstance(call.func, ast.Name) else ""
-
-
-def _is_axis(node: ast.expr, place: Place) -> bool:
-    number = node.operand if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) else node
-    if not (isinstance(number, ast.Constant) and type(number.value) is int):
-        return False
-    if isinstance(place.parent, ast.UnaryOp):
-        return False
-    if isinstance(place.parent, ast.keyword):
-        return place.parent.arg == "dim"
-    if not (isinstance(place.parent, ast.Call) and name_of(place.parent) in AXIS_METHODS):
-        return False
-    call = place.parent
-    method = isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) not in ("torch", "math")
-    if isinstance(call.func, ast.Name):
-        return False
-    return node in call.args[: 1 if method else 2]
 
 
 def _sides(node: ast.BinOp) -> tuple[ast.expr, ast.expr]:

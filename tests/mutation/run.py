@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.mutation.operators import OPERATORS, Mutant, mutants
+from tests.mutation.mutants import Mutant, mutants
+from tests.mutation.operators import OPERATORS
 from tests.mutation.trials import Trials, Verdict, nearest_tests
 
 SCOPE = (

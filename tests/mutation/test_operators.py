@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.mutation.operators import OPERATORS, Mutant, mutants
+from tests.mutation.mutants import Mutant, mutants
+from tests.mutation.operators import OPERATORS
 from tests.mutation.run import GRADIENTS, equivalents, gradients, key, sample, summary
 from tests.mutation.trials import Verdict, nearest_tests
 

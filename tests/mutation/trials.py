@@ -23,7 +23,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
-from tests.mutation.operators import Mutant
+from tests.mutation.mutants import Mutant
 
 ROOMS = {  # folder of the source -> folders of the tests that are nearest to it
     "core": ("tests/core/",),
