@@ -23,6 +23,7 @@ from keel.parts.replay.stored import Replay
 from keel.parts.replay.streams import Selection, prepared_apart, split
 from keel.parts.rewards.transforms import WeightedSum
 from keel.parts.terms.penalties import Summand
+from keel.parts.terms.second import SecondSurrogate
 from keel.parts.terms.surrogate import LIMIT, Surrogate
 from keel.rollouts.rollout import Rollout
 from keel.statistics.functionals import Functional, LogProb
@@ -286,6 +287,9 @@ class Method:
                 out[name] = self._rehearsed(name, item, regular, states)
             elif isinstance(item, Summand):
                 penalty = _call(item.penalty, f"terms.{name}", rows, stats, states)
+                if isinstance(item.penalty, SecondSurrogate):
+                    for weight in self._weighing(item.penalty.credited(rows), stats, states).values():
+                        penalty = penalty * weight
                 where = None if item.where is None else rows.masks[item.where]
                 out[name] = item.coef * self.aggregation(penalty, rows, where, item.per or "batch")
                 if seen is not None:
@@ -303,14 +307,18 @@ class Method:
         again = self.replayed if REPLAYED in rows.columns else None
         read, known = (rows, stats) if again is None else again.seen(rows, stats)
         gain = self.surrogate(read, known)
-        for name, item in self.weights.items():
-            noted[f"weight/{name}"] = weight = _call(item, f"weights.{name}", read, known, states).detach()
+        for name, weight in self._weighing(read, known, states).items():
+            noted[f"weight/{name}"] = weight
             gain = gain * weight
         if again is not None:
             noted["weight/replay"] = weight = again.weights(rows, stats)
             gain = gain * weight
         noted["term/policy"] = -gain
         return -self.aggregation(gain, rows)
+
+    def _weighing(self, rows: Rows, stats: Stats, states: States) -> dict[str, Tensor]:
+        """What each weight of the chain says of each token."""
+        return {n: _call(item, f"weights.{n}", rows, stats, states).detach() for n, item in self.weights.items()}
 
     def _rehearsed(self, name: str, item: Any, regular: Selection, states: States) -> Tensor:
         """A term on the rows of a regulariser, which are then the main ones; 0 without any."""

@@ -191,6 +191,16 @@ def test_gae_skips_what_no_model_chose(lam):
     assert not found.advantage[0, ~kept].any()
 
 
+def test_gae_of_a_completion_without_a_reward():
+    """It has no advantage, and returns that tell the critic what it says already; a penalty in its tokens included."""
+    rows, stats = gae_rows([0.2, 0.5, 0.4, 7.0], [True, True, True, False])
+    unscored = rows.with_(reward=torch.full((1, 1), torch.nan).double(), token_reward=torch.full((1, 4), -0.1).double())
+    for lam in GAE_VECTORS:
+        found = GAE(1.0, lam)(unscored, stats)
+        assert not found.advantage.any()
+        assert found.columns["returns"][0].tolist() == found.columns["values"][0].tolist() == [0.2, 0.5, 0.4, 0.0]
+
+
 def test_gae_with_discount():
     """delta = (0.45 - 0.2, 0.36 - 0.5, 0.6), trace 0.45: the sum written out."""
     rows, stats = gae_rows([0.2, 0.5, 0.4], [True, True, True])

@@ -351,7 +351,7 @@ def test_slow_critics_judge():
     assert set(part.heads_read) == set(method.heads)
 
 
-@pytest.mark.parametrize(("kl", "scale"), [(2.0, 0.25), (0.5, 1.0), (0.4, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("kl", "scale"), [(2.0, 0.25), (0.5, 1.0), (0.4, 1.0), (0.0, 1.0), (math.nan, 0.0)])
 def test_share_of_a_step(kl, scale):
     """min(1, .5 / KL) over the tokens of the rows; garbage in the padding counts for nothing."""
     rows = k8_rows()
@@ -451,6 +451,8 @@ def test_weights_change_the_step():
         (lambda: SlowCopy("value", 0.0), "rate"),
         (lambda: search_thresholds(sum, [(0.0,), (1.0,)], evaluations=1), "evaluations"),
         (lambda: SoftMinCritics(0.0), "sharpness"),
+        (lambda: SoftMinCritics(math.inf), "sharpness"),
+        (lambda: SoftMinValueLoss(math.inf), "sharpness"),
         (lambda: SoftMinCritics(heads=("v", "v")), "heads"),
         (lambda: SoftMinValueLoss(epsilon=0.0), "epsilon"),
         (lambda: KLThreshold("terms.kl.coef", base=0.0), "base"),

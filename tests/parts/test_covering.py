@@ -214,6 +214,9 @@ def test_the_teacher_fades():
     found = [controller.update({}, {}, step)[0]["terms.distil.coef"] for step in (0, 20, 80, 100)]
     assert found == pytest.approx([5e-3, 4e-3, 1e-3, 1e-3])
     assert not recipe_named("kdrl")(decay=0.0).controllers
+    steep = recipe_named("kdrl")(decay=0.01).controllers["distil"]  # a step takes off more than there is
+    found = [steep.update({}, {}, step)[0]["terms.distil.coef"] for step in (0, 1, 2)]
+    assert found == pytest.approx([5e-3, 1e-3, 1e-3])
 
 
 # -- DPH-RL ----------------------------------------------------------------------------------------------------------
@@ -287,13 +290,25 @@ def test_stored_rows_do_not_touch_the_others():
         torch.testing.assert_close(sum_, one + two)
 
 
-def test_far_samples_are_finite():
+U = math.exp(20)
+FAR = {  # f(u) and u f'(u)
+    "kl_ref_policy": (U - 21, U - 1),
+    "js": (((1 + U) * math.log(2) - 21) / 2, U / 2 * math.log(2)),
+    "alpha:0.8": ((0.8 * U + 0.2 - U**0.8) / 0.16, 5 * (U - U**0.8)),
+    "chi2_policy_ref": ((U - 1) ** 2, 2 * U * (U - 1)),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_far_samples(name):
+    """e^10000 times as likely as they were when stored: all is as at u = e^20."""
     rows = FIVE.rows().with_(stream=torch.full((5,), int(Stream.REGULARISER)), logp={"stored": torch.zeros(5, 1) - 1e4})
     live = torch.zeros(5, 1, requires_grad=True)
-    for name in ("kl_ref_policy", "js", "alpha:0.8", "chi2_policy_ref"):
-        loss = RehearsalDivergence(1.0, name)(rows, Stats({LogProb(): live}))
-        (grad,) = torch.autograd.grad(loss, live)
-        assert bool(loss.isfinite()) and bool(grad.isfinite().all()) and bool(grad.any())
+    loss = RehearsalDivergence(1.0, name)(rows, Stats({LogProb(): live}))
+    (grad,) = torch.autograd.grad(loss, live)
+    value, slope = FAR[name]
+    assert float(loss.detach()) == pytest.approx(value, rel=1e-5)
+    assert grad[:, 0].tolist() == pytest.approx([slope / 5] * 5, rel=1e-5)
 
 
 def test_stored_rows_need_their_log_probabilities():

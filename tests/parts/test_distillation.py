@@ -491,3 +491,8 @@ def test_weights_by_hand():
 def test_bad_settings(make):
     with pytest.raises((ValueError, TypeError)):
         make()
+
+
+def test_a_wrong_temperature_of_the_teacher_is_named():
+    with pytest.raises(ValueError, match="teacher_temperature must be positive, not 0"):
+        TeacherDivergence(teacher_temperature=0.0)

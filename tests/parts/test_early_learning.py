@@ -143,7 +143,7 @@ def test_what_it_is_for():
 
 def test_bad_settings_and_rows():
     for wrong in ({"coef": -1.0}, {"decay": 1.0}, {"decay": -0.1}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must"):
             EarlyLearning(**wrong)
     rows, stats = pairs([1.0, 0.0])
     part = EarlyLearning()

@@ -96,7 +96,17 @@ def test_the_edge_is_that_of_the_first_batch():
     later = part.observe(rows, Stats({ENTROPY: 3 * stats[ENTROPY]}), {}, state)
     assert float(later["edge"]) == pytest.approx(0.75)
     assert torch.equal(part(rows, stats, part.init()).reward, part(rows, stats, state).reward)
-    assert float(ExplorationReward(window=9).observe(rows, stats, {}, part.init())["edge"]) == math.inf
+
+
+def test_a_batch_without_windows_sets_no_edge():
+    """None of four tokens is followed by nine; nothing counts there, and the edge is that of the next batch."""
+    rows, stats = batch()
+    part = ExplorationReward(window=9)
+    assert part(rows, stats, part.init()).reward[0, 0] == 1
+    state = part.observe(rows, stats, {}, part.init())
+    assert math.isnan(state["edge"])
+    later = ExplorationReward(window=1)
+    assert float(later.observe(rows, stats, {}, state)["edge"]) == pytest.approx(0.75)
 
 
 def test_low_precision():
@@ -138,14 +148,14 @@ def test_the_controller():
     part = KLByDifficulty(target=0.01, every=1)
     state = {**part.init(), "error": torch.tensor([0.03, 0.03, 0.03])}
     assert part.averaged(0.03, 0.01) == pytest.approx(0.97 * 0.03)  # inside the dead zone
-    assert part.averaged(0.0, 1.0) == pytest.approx(0.03 * 0.2) and part.averaged(0.0, 0.0) == pytest.approx(-0.006)
+    assert part.averaged(0.0, 1.0) == pytest.approx(0.03 * 99) and part.averaged(0.0, 0.0) == pytest.approx(-0.03)
     assert math.exp(0.05 * 0.03) == pytest.approx(1.001501, abs=DIGITS)
     rows = k8_rows().with_(columns={"difficulty": torch.tensor([0] * 4 + [2] * 4)})
     metrics: dict = {}
     after = part.observe(rows, with_reference(1.0), metrics, state)
-    wanted = 0.97 * 0.03 + 0.006
+    wanted = 0.97 * 0.03 + 0.03 * (math.exp(-1) / 0.01 - 1)  # k3 is e^-1; beyond the clip
     assert after["error"].tolist() == pytest.approx([wanted, 0.03, wanted])
-    assert after["log_beta"].tolist() == pytest.approx([0.05 * wanted, 0.05 * 0.03, 0.05 * wanted])
+    assert after["log_beta"].tolist() == pytest.approx([0.05 * 0.2, 0.05 * 0.03, 0.05 * 0.2])
     assert metrics["kl_by_difficulty/1"] == pytest.approx(1.001501, abs=1e-6)
     rare = KLByDifficulty(every=2).observe(rows, with_reference(1.0), {}, state)
     assert rare["batches"] == 1 and not rare["log_beta"].any()

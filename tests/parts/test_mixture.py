@@ -138,18 +138,32 @@ def test_slopes_by_differences(estimator):
         assert float(grad[place]) == pytest.approx(found, rel=1e-6) and found != 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_far_samples_are_finite(dtype):
-    for gap in (-500.0, 500.0):
-        live = torch.full((8, 4), -1.0, dtype=dtype, requires_grad=True)
-        ref = (live.detach() + gap).to(dtype)
-        stored = k8_rows(torch.float32).with_(stream=torch.full((8,), int(Stream.REGULARISER)), logp={"stored": ref})
-        losses = [MixtureKL(k)(k8_rows(torch.float32), Stats({LogProb(): live, REFERENCE: ref}))[MASK].float().sum()
-                  for k in ("k1", "k3", "unbiased")]  # fmt: skip
-        losses.append(RehearsalMixtureKL(1.0)(stored, Stats({LogProb(): live})).float())
-        for loss in losses:
-            (grad,) = torch.autograd.grad(loss, live)
-            assert bool(loss.isfinite()) and bool(grad.isfinite().all())
+LOG2, U = math.log(2), math.exp(20)
+FAR = {  # log(ref / pi): value and slope of k1, k3, unbiased, and of stored samples, at u = e^-20 and e^20
+    500.0: [
+        (LOG2 - 20, 1.0),
+        (U / 2 + LOG2 - 20.5, 0.5 - U / 2),
+        (U / 2 + LOG2 - 20.5, LOG2 - 19.5),
+        (LOG2 - 0.5, 0.0),
+    ],
+    -500.0: [(LOG2, 0.0), (LOG2 - 0.5, 0.0), (LOG2 - 0.5, LOG2 - 0.5), (U / 2 + LOG2 - 20.5, U / 2 - 0.5)],
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+@pytest.mark.parametrize("gap", FAR)
+def test_far_samples(gap, dtype, tolerance):
+    """log u is cut at +-20: no number is infinite, and each is that of the cut."""
+    live = torch.full((8, 4), -1.0, dtype=dtype, requires_grad=True)
+    ref = (live.detach() + gap).to(dtype)
+    stored = k8_rows(torch.float32).with_(stream=torch.full((8,), int(Stream.REGULARISER)), logp={"stored": ref})
+    losses = [MixtureKL(k)(k8_rows(torch.float32), Stats({LogProb(): live, REFERENCE: ref}))[MASK].float().mean()
+              for k in ("k1", "k3", "unbiased")]  # fmt: skip
+    losses.append(RehearsalMixtureKL(1.0)(stored, Stats({LogProb(): live})).float())
+    for loss, (value, slope) in zip(losses, FAR[gap], strict=True):
+        (grad,) = torch.autograd.grad(loss, live)
+        assert float(loss.detach()) == pytest.approx(value, rel=tolerance)
+        assert (20 * grad[MASK].float()).tolist() == pytest.approx([slope] * 20, rel=tolerance, abs=1e-6)
 
 
 def test_the_recipe():

@@ -8,7 +8,15 @@ import torch
 from keel.core.rows import Rows, Stream
 from keel.divergences.sampled import term
 from keel.parts.rewards.transforms import KLInReward, WhitenReward
-from keel.parts.terms.penalties import SampledKL, ValueLoss
+from keel.parts.terms.penalties import (
+    NegativeEntropy,
+    RootChi2,
+    SampledDivergence,
+    SampledKL,
+    Summand,
+    ValueLoss,
+    VocabularyDivergence,
+)
 from keel.parts.weights.importance import TruncatedImportance
 from keel.statistics.functionals import LogProb, Value
 from keel.statistics.stats import Stats
@@ -92,3 +100,16 @@ def test_a_kl_in_the_reward_of_rows_beside_the_main_stream():
     rows = rows_of([[True, True, False]], stream=torch.tensor([BASELINE]))
     found = KLInReward(0.5)(rows, logs(old=[[-1.0, -1.0, 7.0]], ref=[[-1.5, -0.5, 0.0]])).token_reward
     assert found[0].tolist() == [-0.25, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("penalty", [SampledKL(), SampledDivergence(), VocabularyDivergence(), RootChi2()])
+def test_a_divergence_is_never_sought(penalty):
+    """Its loss would have no minimum; entropy may be sought (a coefficient above 0) or avoided."""
+    with pytest.raises(ValueError, match=r"of a divergence must not be negative, got -0\.1"):
+        Summand(penalty, -0.1)
+    assert Summand(penalty, 0.0).coef == 0.0 and Summand(NegativeEntropy(), -0.1).coef == -0.1
+
+
+def test_a_kl_is_no_bonus():
+    with pytest.raises(ValueError, match=r"coef must not be negative, got -0\.1"):
+        KLInReward(-0.1)

@@ -113,6 +113,20 @@ def test_garbage_in_the_padding_does_not_matter(garbage):
         assert bool(torch.isfinite(grad[MASK]).all())
 
 
+# Sums of |A| over the tokens, and over the rows, of winners and losers: 4 and 2 of sqrt(3) / 2, 1 of 3 / 2; 6 and 2 of
+# sqrt(3) / 2, 9 and 3 of 1 / 2.
+WON, LOST, ROWS = 2 * math.sqrt(3) + 1.5, 3 * math.sqrt(3) + 4.5, math.sqrt(3) + 1.5
+FAR = {  # where each ratio is e^1000, which is cut at e^20
+    "two-sided 2": (2 * LOST - 1.2 * WON) / 20,
+    "two-sided 4": (4 * LOST - 1.2 * WON) / 20,
+    "gmpo": ROWS / 8 * (math.exp(20) - math.exp(0.4)),
+    "sapo": 4 * ROWS / 8 * (1 / 1.05 - 1),
+    "sapo token mean": 4 * (LOST / 1.05 - WON) / 20,
+    "vespo": 0.0,
+    "luspo": (LOST * math.exp(20) - 1.2 * WON) / 8,
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_ratios_do_not_overflow(dtype):
     for name, (method, _) in LOSSES.items():
@@ -121,6 +135,10 @@ def test_ratios_do_not_overflow(dtype):
         loss = method.loss(method.prepare(rows, far, {}), far, {})
         (grad,) = torch.autograd.grad(loss, far[LogProb()])
         assert torch.isfinite(loss) and bool(torch.isfinite(grad).all()), name
+        if name in FAR:
+            near = {"rel": 1e-5} if dtype == torch.float32 else {"rel": 0.02, "abs": 0.01}
+            assert float(loss.detach()) == pytest.approx(FAR[name], **near), name
+            assert not grad.any(), name
 
 
 def test_the_gate_has_slope_one_at_ratio_one():

@@ -9,7 +9,7 @@ from tests.worlds import assert_same, outcome, rows_for
 
 from keel.core.aggregate import Aggregation
 from keel.core.config import from_config, to_config
-from keel.core.errors import MethodError
+from keel.core.errors import ConfigError, MethodError
 from keel.core.rows import Rows, Stream
 from keel.exact.space import SequenceSpace
 from keel.parts.controllers.convergence import ObjectiveWeights
@@ -275,9 +275,9 @@ def test_compositions_without_meaning(slots, what):
 
 
 def test_settings_of_the_recipe():
-    with pytest.raises(Exception, match="alpha"):
+    with pytest.raises(ConfigError, match="alpha must be in"):
         recipe_named("dph_rl")(alpha=1.0)
-    with pytest.raises(Exception, match="leave beta out"):
+    with pytest.raises(ConfigError, match="leave beta out"):
         recipe_named("dph_rl")(kind="reverse_kl", beta=0.1)
     assert [recipe_named("dph_rl")(kind=k).terms["rehearsal"].coef for k in ("forward_kl", "js", "alpha")] == [
         0.02,

@@ -328,8 +328,8 @@ def test_uses_and_age():
 def test_capacity():
     part = Replay(capacity=3, max_lag=None, max_uses=None)
     memory = filled(part, 3)
-    assert memory["version"].tolist() == [1, 2, 2] or memory["version"].tolist() == [2, 2, 1]
-    assert len(from_tensors(memory)) == 6
+    assert memory["version"].tolist() == [1, 2, 2] and memory["first"].tolist() == [1000, 2000, 2002]
+    assert from_tensors(memory).row.tolist() == [1000, 1001, 2000, 2001, 2002, 2003]
 
 
 def test_what_is_kept():

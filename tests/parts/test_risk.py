@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tests.parts.k8 import k8_rows, k8_stats
+from tests.parts.k8 import MASK, k8_rows, k8_stats
 from tests.recipes.exact import groups as sampled_groups
 from tests.worlds import online_rows, outcome
 
@@ -16,12 +16,15 @@ from keel.parts.advantages.group import GroupCentre, Returns
 from keel.parts.advantages.risk import BundleRisk, Papers, credit_shares, papers, risk
 from keel.parts.terms.second import SecondSurrogate
 from keel.parts.terms.surrogate import Clipped, Surrogate, Unclipped
+from keel.parts.weights.importance import TruncatedImportance
+from keel.parts.weights.mismatch import StaleNegatives
 from keel.recipes.registry import recipe_named
 from keel.rollouts.rollout import Rollout
 from keel.statistics.functionals import LogProb
 from keel.statistics.stats import Stats
 
 DIGITS = 5.1e-7
+OLD = LogProb(of=("old",))
 
 
 def double(*values: float) -> torch.Tensor:
@@ -246,6 +249,32 @@ def test_answers_from_tokens():
             first = {int(a): i for i, a in reversed(list(enumerate(found.tolist())))}
             pattern = [first[a] for a in found.tolist()]
             assert pattern == [wanted.index(w) for w in wanted], tail
+
+
+def test_both_steps_of_copo_are_corrected_for_the_sampler():
+    """Each token's loss of both steps times min(w, 2); and a weight that asks for the sign sees that of either."""
+    answer = torch.tensor([0, 0, 1, 1, 4, 4, 4, 5])  # on K8 the second group is then the worse one
+    rows, stats = k8_rows().with_(columns={"answer": answer}), k8_stats()
+    plain = recipe_named("copo")(num_generations=4, blend="soft", midpoint=1.0, sharpness=2.0)
+    states = plain.initial_states()
+    prepared = plain.prepare(rows, stats, states)
+    seen: dict[str, torch.Tensor] = {}
+    plain.contributions(prepared, stats, states, seen)
+    policy, across = seen["term/policy"].detach(), seen["term/global"].detach()
+    wanted = (policy + across) * TruncatedImportance(2.0)(prepared, stats)
+    corrected = plain.replacing(weights={"importance": TruncatedImportance(2.0)})
+    found = corrected.loss(prepared, stats, states)
+    per_row = (wanted * MASK).sum(1) / prepared.lengths
+    assert float((across * MASK).abs().max()) > 0.1
+    assert float(found.detach()) == pytest.approx(float(per_row.mean()), abs=1e-12)
+    punished = corrected.replacing(weights={"stale": StaleNegatives(0.0, "old")})
+    noted: dict[str, torch.Tensor] = {}
+    punished.contributions(prepared, stats, states, noted)
+    gone = prepared.columns["global_advantage"][:, 0] < 0
+    moved = (stats[OLD] - stats[LogProb()].detach()).where(MASK, 0.0).sum(1) > 0
+    assert bool((gone & moved).any()) and bool((gone & ~moved).any())
+    kept = torch.where((gone & moved)[:, None], 0.0, across)
+    torch.testing.assert_close(noted["term/global"].detach() * MASK, kept * MASK)
 
 
 def test_a_second_surrogate_is_clipped_for_itself():

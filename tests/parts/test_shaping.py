@@ -1,5 +1,7 @@
 """Rewards bent by rarity, preference and entropy: numbers worked out by hand, limits, what must not matter."""
 
+import math
+
 import pytest
 import torch
 from tests.parts.k8 import k8_rows, k8_stats
@@ -298,6 +300,7 @@ def test_low_precision(part, dtype):
     [
         (lambda: Unlikeliness(1.5), "penalty"),
         (lambda: PreferenceAsReward(0.0), "k must be positive"),
+        (lambda: PreferenceAsReward(math.inf), "k must be positive and finite"),
         (lambda: PreferenceAsReward(shape="step"), "shape"),
         (lambda: PreferenceAsReward(references=-1), "references"),
         (lambda: RunningReward("step"), "shape"),

@@ -81,6 +81,13 @@ def test_gradient(name):
     assert not grad[~MASK].any()
 
 
+def test_the_clips_silence_six_tokens_and_the_dual_clip_one_more():
+    """Shares .30 and .05 of twenty; the one is token 3 of row 1, with a ratio of 3.67 and A < 0."""
+    silent = {name: (k8_loss(LOSSES[name][0])[1] == 0) & MASK for name in ("ppo", "dual clip")}
+    assert int(silent["ppo"].sum()) == 6
+    assert (silent["dual clip"] & ~silent["ppo"]).nonzero().tolist() == [[1, 3]] and int(silent["dual clip"].sum()) == 7
+
+
 @pytest.mark.parametrize("name", ["ppo", "dual clip", "clip higher", "unclipped", "reinforce", "tis sequence"])
 def test_gradient_by_finite_differences(name):
     """Of the losses whose gradient is that of their value."""
@@ -160,13 +167,24 @@ def test_metrics():
 
 
 def test_ratios_do_not_overflow():
+    """All ratios are e^1000, cut at e^20 and then by the clips; only CISPO keeps a gradient, 5 A / 20.
+
+    Winners hold 4 tokens of A = sqrt(3) / 2 and 1 of 3 / 2, losers 6 of -sqrt(3) / 2 and 9 of -1 / 2.
+    """
+    won, lost = 2 * math.sqrt(3) + 1.5, 3 * math.sqrt(3) + 4.5
     stats = k8_stats()
     far = stats.merged({LogProb(): (stats[LogProb()].detach() + 1000).requires_grad_()})
-    for f in (Unclipped(), Clipped(dual=3.0), CISPO()):
+    cispo = 5 * ((lost - won) / 20 * 1000 - 0.238)  # 1000 above the example, where REINFORCE is -0.238
+    for f, wanted, slope in (
+        (Unclipped(), (lost - won) / 20 * math.exp(20), 0.0),
+        (Clipped(dual=3.0), (3 * lost - 1.2 * won) / 20, 0.0),
+        (CISPO(), cispo, -5 * math.sqrt(3) / 2 / 20),
+    ):
         method = k8_method(f)
         loss = method.loss(method.prepare(k8_rows(), far, {}), far, {})
         (grad,) = torch.autograd.grad(loss, far[LogProb()])
-        assert torch.isfinite(loss) and bool(torch.isfinite(grad).all())
+        assert float(loss.detach()) == pytest.approx(wanted, rel=5e-6)
+        assert grad[0].tolist() == pytest.approx([slope] * 3 + [0.0], abs=1e-6)
 
 
 def test_garbage_in_the_padding_does_not_matter():

@@ -251,9 +251,15 @@ def test_equal_changes_weigh_the_mean():
 
 
 def test_a_token_without_probability_has_no_infinite_change():
+    """Its change counts as 0, and its weight is the highest; the others stand between it and the largest, 1.760932."""
     rows, stats = four_tokens()
-    gone = stats.merged({OLD: torch.full((4, 1), -800.0).double()})
-    assert bool(EntropyChange()(rows, gone).isfinite().all())
+    one = stats[OLD].clone()
+    one[0] = -800.0
+    found = EntropyChange()(rows, stats.merged({OLD: one})).flatten()
+    wanted = [1.2 - 0.4 * m / 1.760932 for m in (0.0, 1.760932, 0.043297, 0.641750)]
+    assert found.tolist() == pytest.approx(wanted, abs=1e-6)
+    none = stats.merged({OLD: torch.full((4, 1), -800.0).double()})
+    assert EntropyChange()(rows, none).flatten().tolist() == pytest.approx([1.0] * 4)
 
 
 # -- shared tokens ---------------------------------------------------------------------------------------------------

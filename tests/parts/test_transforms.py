@@ -8,6 +8,7 @@ from tests.parts.k8 import MASK, k8_rows
 
 from keel.core.rows import Rows, Stream
 from keel.parts.rewards.transforms import ClipReward, KLInReward, Overlong, WeightedSum, WhitenReward
+from keel.recipes.registry import recipe_named
 from keel.statistics.functionals import LogProb
 from keel.statistics.stats import Stats
 
@@ -33,6 +34,13 @@ def test_overlong_beyond_the_limit():
     for bad in ((4, 0), (4, 5)):
         with pytest.raises(ValueError, match="cache"):
             Overlong(*bad)
+
+
+def test_dapo_punishes_length_once_however_many_rewards_there_are():
+    rows = k8_rows().with_(reward=k8_rows().reward * torch.tensor([1.0, 0.5]))
+    method = recipe_named("dapo")(num_generations=4, max_completion_length=4, overlong_cache=2)
+    found = method.prepare(rows, NONE, {}).reward
+    assert found[:, 0].tolist() == [1.0, -1, 0, 1.5, 0, -1, -0.5, 1.5]
 
 
 def test_weighted_sum_leaves_out_what_does_not_apply():

@@ -6,6 +6,7 @@ from tests.recipes.exact import climb, gradient, prepared, probabilities
 from tests.worlds import table
 
 from keel.core.aggregate import returns
+from keel.core.errors import ConfigError
 from keel.exact.space import SequenceSpace, TabularPolicy
 from keel.recipes.registry import recipe_named
 
@@ -104,5 +105,5 @@ def test_a_threshold_that_nothing_reaches_is_rloo():
 
 
 def test_without_a_kl_there_is_nothing_to_take_back():
-    with pytest.raises(Exception, match="beta must be positive"):
+    with pytest.raises(ConfigError, match="beta must be positive"):
         recipe_named("mara")(beta=0.0)

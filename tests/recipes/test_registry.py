@@ -1,5 +1,6 @@
 """Recipes by name: their arguments, what they say of themselves, and what they refuse."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -102,3 +103,64 @@ def test_names_are_unique():
     with pytest.raises(ConfigError, match=r"'grpo' is taken by keel\.recipes\.policy_gradient"):
         recipe()(grpo)
     assert recipe_named("grpo")().surrogate == Surrogate(Clipped())
+
+
+OTHERS = {"epsilon": 0.37, "epsilon_high": 0.41, "dual_clip": 7.0, "scale_rewards": "group"}
+
+
+@pytest.mark.parametrize("argument", OTHERS)
+def test_no_recipe_takes_a_clip_range_or_a_scale_that_it_does_not_read(argument):
+    """hapo reads its scale where it does not take the statistics of tokens."""
+    checked = 0
+    for name, known in recipes().items():
+        if argument in known.arguments:
+            given = {"token_average": False} if name == "hapo" else {}
+            values = [v for v in known.choices(argument) if v != known.arguments[argument].default]
+            other = known(**given, **{argument: (values or [OTHERS[argument]])[0]})
+            plain = known(**given)
+            assert dataclasses.replace(other, claim=plain.claim) != plain, name
+            checked += 1
+    assert checked > 10
+
+
+def test_no_recipe_takes_a_form_of_the_kl_that_it_does_not_read():
+    checked = 0
+    for name, known in recipes().items():
+        if "kl" in known.arguments:
+            plain = known(beta=0.1)
+            assert dataclasses.replace(known(beta=0.1, kl="k2"), claim=plain.claim) != plain, name
+            checked += 1
+    assert checked > 10
+    with pytest.raises(ConfigError, match="its KL is k3: leave kl out"):
+        recipe_named("dph_rl")(kind="reverse_kl", kl="k2")
+
+
+def test_the_default_that_is_shown_is_the_one_that_holds():
+    """Giving it changes nothing: also where it is passed on to a baseline that has another."""
+    checked = 0
+    for name, known in recipes().items():
+        plain = known()
+        for argument, parameter in known.arguments.items():
+            if parameter.default is not parameter.empty:
+                assert known(**{argument: parameter.default}) == plain, (name, argument)
+                checked += argument in known.passes
+    assert checked > 10
+    assert recipe_named("dr_grpo").arguments["scale_rewards"].default == "none"
+    assert recipe_named("siren").arguments["aggregation"].default == "constant"  # of its baseline dr_grpo
+
+
+def test_a_setting_that_nothing_reads_is_an_error():
+    for name, argument in (("cispo", "epsilon_high"), ("kl_cov", "epsilon"), ("maxrl", "scale_rewards")):
+        with pytest.raises(ConfigError, match=f"recipe '{name}' has no argument '{argument}'"):
+            recipe_named(name)(**{argument: OTHERS[argument]})
+    for name, known in recipes().items():
+        passed_on = recipe_named(known.baseline).arguments if known.without else {}
+        assert set(known.without) <= set(passed_on), name
+
+
+def test_a_group_baseline_needs_a_group():
+    """A completion less the mean of itself alone teaches nothing, in silence."""
+    for name, given in (("reinforce_pp", {"group_baseline": True}), ("rloo", {"num_generations": 1})):
+        with pytest.raises(ConfigError, match="num_generations must be at least 2"):
+            recipe_named(name)(**given)
+    assert recipe_named("reinforce_pp")(group_baseline=True, num_generations=2).rollout.num_generations == 2

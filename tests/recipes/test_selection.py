@@ -18,6 +18,7 @@ from tests.recipes.exact import (
 )
 from tests.worlds import from_probs
 
+from keel.core.errors import ConfigError
 from keel.core.rows import cat
 from keel.exact.space import SequenceSpace
 from keel.parts.controllers.budget import METRIC, KLBudget
@@ -121,7 +122,7 @@ def test_rounds_compound():
 
 def test_more_completions_than_n():
     assert recipe_named("best_of_n_distillation")(n=4, num_generations=16).rollout.num_generations == 16
-    with pytest.raises(Exception, match="at least n=4"):
+    with pytest.raises(ConfigError, match="at least n=4"):
         recipe_named("best_of_n_distillation")(n=4, num_generations=2)
 
 
@@ -212,7 +213,7 @@ def test_the_coefficient_follows_the_batches_slowly():
 
 @pytest.mark.parametrize("wrong", [{"budget": 0.0}, {"budget": 1.0, "decay": 1.0}, {"budget": 1.0, "minimum": 0.0}])
 def test_wrong_settings_are_refused(wrong):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"{list(wrong)[-1]} must be"):
         KLBudget("transforms.kl.coef", **wrong)
 
 
@@ -245,5 +246,5 @@ def test_salsa_is_ppo_with_another_reference():
     assert salsa(paths=("a",), ratio=0.0).models["ref"].weights == (1.0, 0.0)
     found, wanted = salsa(), ppo()
     assert found.replacing(models=wanted.models, claim=wanted.claim) == wanted
-    with pytest.raises(Exception, match="beta must be positive"):
+    with pytest.raises(ConfigError, match="beta must be positive"):
         salsa(beta=0.0)

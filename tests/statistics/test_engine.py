@@ -1,143 +1,38 @@
 """The engine against autograd on whole logits, against itself on other paths, and against finite differences."""
 
 import copy
-import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from tests.worlds import EVERYTHING, Network, noise, text_rows
-from torch import Tensor, nn
+from tests.statistics.whole_logits import (
+    FUNCTIONALS,
+    ROWS,
+    assert_gradients,
+    by_autograd,
+    critic_of,
+    entropy,
+    gradients,
+    kl,
+    last,
+    log_prob,
+    logits,
+    masked,
+    mixture,
+)
+from tests.worlds import EVERYTHING, Network
+from torch import Tensor
 
 from keel.core.rows import Pairs, Rows
-from keel.models.heads import Critic
 from keel.statistics.engine import Engine
 from keel.statistics.functionals import Divergence, Entropy, LogProb, TopK, TopPEntropy, Value
-from keel.statistics.stats import MissingStatistic, Stats
-from keel.statistics.transforms import Chain, KeepMinP, KeepTopK, KeepTopP, Power, Temperature
+from keel.statistics.stats import Stats
 
-ROWS = text_rows()
-WEIRD = Chain((Temperature(0.7), KeepTopP(0.8), Power(1.5)))
-
-
-# -- the oracle: whole logits, plain formulas, autograd --------------------------------------------------------------
-
-
-def logits(model: Network, rows: Rows, temperature: float) -> Tensor:
-    z = model.output(model.hidden(rows)) * model.head.scale
-    z = z if model.head.softcap is None else model.head.softcap * torch.tanh(z / model.head.softcap)
-    return z / temperature
-
-
-def nucleus(z: Tensor, p: float) -> Tensor:
-    ordered, order = z.softmax(-1).sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    keep = torch.zeros_like(z, dtype=torch.bool).scatter(-1, order, before < p)
-    return z.masked_fill(~keep, -math.inf)
-
-
-def weird(z: Tensor) -> Tensor:
-    return nucleus(z / 0.7, 0.8) * 1.5
-
-
-def log_prob(z: Tensor, rows: Rows) -> Tensor:
-    return z.log_softmax(-1).gather(-1, rows.tokens[..., None])[..., 0]
-
-
-def entropy(z: Tensor) -> Tensor:
-    p = z.softmax(-1)
-    return -(p * torch.where(p > 0, p, 1.0).log()).sum(-1)
-
-
-def kl(a: Tensor, b: Tensor) -> Tensor:
-    return (a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1)
-
-
-def js(a: Tensor, b: Tensor) -> Tensor:
-    m = ((a.softmax(-1) + b.softmax(-1)) / 2).log()
-    return (kl(a, m) + kl(b, m)) / 2
-
-
-def last(x: Tensor, rows: Rows) -> Tensor:
-    place = torch.where(rows.mask, torch.arange(x.shape[1]), -1).amax(1)
-    return x[torch.arange(len(x)), place]
-
-
-Oracle = Callable[[Tensor, Tensor, Rows], Tensor]
-FUNCTIONALS: dict = {
-    LogProb(): lambda z, q, rows: log_prob(z, rows),
-    LogProb(transform=Temperature(0.7)): lambda z, q, rows: log_prob(z / 0.7, rows),
-    LogProb(transform=WEIRD): lambda z, q, rows: log_prob(weird(z), rows),
-    LogProb(transform=KeepTopK(7)): lambda z, q, rows: log_prob(
-        z.masked_fill(z < z.topk(7, -1).values[..., -1:], -math.inf), rows
-    ),
-    Entropy(): lambda z, q, rows: entropy(z),
-    Entropy(transform=WEIRD): lambda z, q, rows: entropy(weird(z)),
-    Entropy(transform=KeepMinP(0.2)): lambda z, q, rows: entropy(
-        z.masked_fill(z.softmax(-1) < 0.2 * z.softmax(-1).amax(-1, keepdim=True), -math.inf)
-    ),
-    TopPEntropy(0.6): lambda z, q, rows: entropy(nucleus(z, 0.6)),
-    Divergence("kl_policy_ref"): lambda z, q, rows: kl(z, q),
-    Divergence("kl_ref_policy"): lambda z, q, rows: kl(q, z),
-    Divergence("js"): lambda z, q, rows: js(z, q),
-    TopK(3): lambda z, q, rows: z.log_softmax(-1).sort(-1, descending=True).values[..., :3],
-    TopK(3, under="ref"): lambda z, q, rows: z.log_softmax(-1).gather(-1, q.sort(-1, descending=True).indices[..., :3]),
-    LogProb(where="last"): lambda z, q, rows: last(log_prob(z, rows), rows),
-    TopK(2, where="last"): lambda z, q, rows: last(z.log_softmax(-1).sort(-1, descending=True).values[..., :2], rows),
-    Divergence("js", where="last"): lambda z, q, rows: last(js(z, q), rows),
-    LogProb(where="nll"): lambda z, q, rows: log_prob(z, rows)[rows.masks["nll"]],
-    TopK(2, where="nll"): lambda z, q, rows: (
-        z.log_softmax(-1).sort(-1, descending=True).values[..., :2][rows.masks["nll"]]
-    ),
-    Entropy(where="nll"): lambda z, q, rows: entropy(z)[rows.masks["nll"]],
-}
 PATHS = {
     "one pass": dict(max_tokens=EVERYTHING),
     "one pass, a position a chunk": dict(max_tokens=EVERYTHING, chunk_bytes=1),
     "two passes": dict(max_tokens=20),
     "two passes, a row each, two positions a chunk": dict(max_tokens=1, chunk_bytes=2 * 4 * 11),
 }
-
-
-def masked(value: Tensor, functional, rows: Rows) -> Tensor:
-    if functional.where != "mask":
-        return value
-    shown = rows.mask.reshape(*rows.mask.shape, *(1,) * (value.dim() - 2))
-    return torch.where(shown, value, torch.zeros_like(value))
-
-
-def mixture(values: list[Tensor]) -> Tensor:
-    """A loss that couples everything with everything."""
-    total = torch.zeros((), dtype=torch.float64)
-    for i, value in enumerate(values):
-        finite = torch.where(value > -math.inf, value, torch.zeros_like(value))
-        weight = noise("mixture", i, shape=tuple(value.shape))
-        total = total + (weight * torch.sin(finite + i)).sum() + 0.01 * finite.sum() ** 2
-    return total * torch.tanh(total)
-
-
-def by_autograd(functionals, policy, ref, rows, temperature) -> tuple[Tensor, list[Tensor]]:
-    policy.zero_grad()
-    z = logits(policy, rows, temperature)
-    with torch.no_grad():
-        q = logits(ref, rows, temperature)
-    values = [masked(FUNCTIONALS[f](z, q, rows), f, rows) for f in functionals]
-    loss = mixture(values)
-    loss.backward()
-    return loss.detach(), values
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in module.named_parameters()}
-    module.zero_grad()
-    return found
-
-
-def assert_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-9) -> None:
-    for name, grad in wanted.items():
-        torch.testing.assert_close(
-            found[name], grad, rtol=tolerance, atol=tolerance * max(1.0, float(grad.abs().max()))
-        )
 
 
 @pytest.mark.parametrize("functional", FUNCTIONALS, ids=str)
@@ -191,14 +86,6 @@ def test_values(kind, path):
     assert_gradients(gradients(critic), critic_grads)
 
 
-def critic_of(policy: Network, kind: str) -> nn.Module:
-    critic = Critic(kind).build(policy, 0).double()
-    with torch.no_grad():
-        for i, parameter in enumerate(critic.parameters()):
-            parameter += 0.5 * noise("critic", i, shape=tuple(parameter.shape))
-    return critic
-
-
 def test_a_head_learns_though_the_policy_is_held():
     policy = Network(seed="policy")
     critic = critic_of(policy, "head")
@@ -247,6 +134,15 @@ def test_finite_differences():
                 down = loss()
                 flat[index] += 1e-6
             assert (up - down) / 2e-6 == pytest.approx(float(grads[name].view(-1)[index]), rel=1e-5, abs=1e-6)
+
+
+def test_the_policy_is_left_as_it_was():
+    policy = Network(seed="policy")
+    before = copy.deepcopy(policy.state_dict())
+    Engine({"policy": policy}, max_tokens=20).step(
+        [LogProb()], ROWS, Stats(), lambda rows, stats: stats[LogProb()].sum()
+    )
+    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
 
 
 # -- one gradient path, several ways ---------------------------------------------------------------------------------
@@ -353,200 +249,3 @@ def test_a_loss_over_pairs_may_be_split():
         found[max_tokens] = (value, gradients(policy))
     torch.testing.assert_close(found[1][0], found[EVERYTHING][0], rtol=1e-12, atol=1e-12)
     assert_gradients(found[1][1], found[EVERYTHING][1])
-
-
-# -- what it costs ---------------------------------------------------------------------------------------------------
-
-
-class Counting(nn.Linear):
-    """Records the most positions that it ever saw; being no plain linear layer, its backward goes through autograd."""
-
-    most = 0
-
-    def forward(self, hidden):
-        self.most = max(self.most, len(hidden))
-        return super().forward(hidden)
-
-
-@pytest.mark.parametrize("positions", [1, 4])
-@pytest.mark.parametrize("max_tokens", [EVERYTHING, 20])
-@pytest.mark.parametrize("kind", ["plain", "own"])
-def test_logits_exist_for_a_chunk_only(kind, max_tokens, positions):
-    policy = Network(seed="policy", head=Counting(6, 11) if kind == "own" else None)
-    most = [0]
-    policy.output.register_forward_pre_hook(lambda module, given: most.append(len(given[0])))
-    engine = Engine({"policy": policy}, max_tokens=max_tokens, chunk_bytes=positions * 4 * 11)
-    needs = [LogProb(), TopPEntropy(0.8), TopK(2)]
-    engine.step(needs, ROWS, Stats(), lambda rows, stats: mixture([stats[f] for f in needs]))
-    assert max(most) == positions
-    assert kind == "plain" or policy.output.most == positions
-
-
-def test_models_run_only_if_they_are_read():
-    policy, ref = Network(seed="policy"), Network(seed="ref")
-    engine = Engine({"policy": policy, "ref": ref}, max_tokens=EVERYTHING)
-    engine.measure([LogProb(), Entropy()], ROWS)
-    assert (len(policy.calls), len(ref.calls)) == (1, 0)
-    engine.measure([LogProb(of=("ref",))], ROWS)
-    assert (len(policy.calls), len(ref.calls)) == (1, 1)
-    assert engine.measure([], ROWS) == {} and (len(policy.calls), len(ref.calls)) == (1, 1)
-    engine.measure([LogProb(of=("old",))], ROWS, alias={"old": "policy"})
-    assert (len(policy.calls), len(ref.calls)) == (2, 1)
-
-
-def test_frozen_states_are_reused_in_the_second_pass():
-    policy, ref = Network(seed="policy"), Network(seed="ref")
-    engine = Engine({"policy": policy, "ref": ref}, max_tokens=20)
-    batches = len(engine.split(ROWS))
-    need = Divergence("js")
-    engine.step([need], ROWS, Stats(), lambda rows, stats: stats[need].sum())
-    assert (len(policy.calls), len(ref.calls)) == (2 * batches, batches)
-
-
-@pytest.mark.parametrize("functional", [LogProb(), LogProb(where="last"), LogProb(where="nll")], ids=str)
-def test_micro_batches_without_gradient_are_skipped(functional):
-    """Only the last row matters to the loss: one body runs again."""
-    policy = Network(seed="policy")
-    engine = Engine({"policy": policy}, max_tokens=1)
-    rows = ROWS.with_(masks={"nll": ROWS.mask})
-    only = {"mask": lambda v: v[4].sum(), "last": lambda v: v[4], "nll": lambda v: v[-int(ROWS.lengths[4]) :].sum()}
-    loss, _ = engine.step([functional], rows, Stats(), lambda rows, stats: only[functional.where](stats[functional]))
-    assert len(engine.split(rows)) == 5 and len(policy.calls) == 6
-    found = gradients(policy)
-    z = logits(policy, ROWS, 1.0)
-    token = log_prob(z, ROWS)
-    wanted = token[4][ROWS.mask[4]].sum() if functional.where != "last" else last(token, ROWS)[4]
-    wanted.backward()
-    torch.testing.assert_close(loss, wanted.detach())
-    assert_gradients(found, gradients(policy))
-
-
-def test_without_any_gradient_nothing_runs_again():
-    policy = Network(seed="policy")
-    engine = Engine({"policy": policy}, max_tokens=1)
-    loss, _ = engine.step([LogProb()], ROWS, Stats(), lambda rows, stats: stats[LogProb()].detach().sum())
-    assert len(policy.calls) == 5 and not loss.requires_grad
-    assert all(p.grad is None for p in policy.parameters())
-
-
-# -- micro-batches ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_tokens", [1, 9, 14, 20, 40, EVERYTHING])
-def test_micro_batches_fit_and_cover(max_tokens):
-    engine = Engine({"policy": Network()}, max_tokens=max_tokens)
-    plan = engine.split(ROWS)
-    assert sorted(i for index in plan for i in index.tolist()) == list(range(5))
-    for index in plan:
-        part = ROWS.select(index).trim()
-        size = len(part) * (part.prompt_ids.shape[1] + part.tokens.shape[1])
-        assert size <= max_tokens or len(part) == 1
-
-
-def test_rows_of_similar_length_share_a_micro_batch():
-    """Two long rows and two short ones: 2 x 9 tokens and 2 x 3, not 9 + 3 twice."""
-    rows = text_rows(10).select(torch.tensor([0, 3, 5, 8]))
-    plan = Engine({"policy": Network()}, max_tokens=18).split(rows)
-    assert [sorted(index.tolist()) for index in plan] == [[0, 2], [1, 3]]
-
-
-def test_order_and_padding_do_not_change_the_numbers():
-    policy = Network(seed="policy")
-    engine = Engine({"policy": policy}, max_tokens=20)
-    wanted = engine.measure([Entropy()], ROWS)[Entropy()]
-    order = torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(engine.measure([Entropy()], ROWS.select(order))[Entropy()], wanted[order])
-    padded = engine.measure([Entropy()], ROWS.padded(8, 9))[Entropy()]
-    torch.testing.assert_close(padded[:, :6], wanted)
-    assert not padded[:, 6:].any() and not wanted[~ROWS.mask].any()
-
-
-NEEDS = [LogProb(), LogProb(where="last"), TopK(2), TopK(3, where="last"), LogProb(where="nll"), Value("value")]
-
-
-EMPTY = torch.zeros_like(ROWS.mask)
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [ROWS.with_(mask=EMPTY, masks={"nll": EMPTY}), ROWS.select(EMPTY[:, 0])],
-    ids=["no tokens", "no rows"],
-)
-def test_rows_without_tokens(rows):
-    policy = Network(seed="policy")
-    engine = Engine({"policy": policy}, {"value": critic_of(policy, "head")})
-    stats = engine.measure(NEEDS, rows)
-    n = len(rows)
-    assert [tuple(stats[f].shape) for f in NEEDS] == [(n, 6), (n,), (n, 6, 2), (n, 3), (0,), (n, 6)]
-    loss, _ = engine.step(NEEDS, rows, Stats(), lambda rows, stats: sum(stats[f].sum() for f in NEEDS))
-    assert float(loss) == 0 and not any(bool(g.any()) for g in gradients(policy).values())
-
-
-# -- look-up ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_statistic_is_named():
-    stats = Engine({"policy": Network()}).measure([LogProb()], ROWS)
-    with pytest.raises(MissingStatistic, match=r"divergence\(js, ref\) was not measured.*needs.*Measured: log_prob\."):
-        stats[Divergence("js")]
-    with pytest.raises(KeyError):
-        Engine({"policy": Network()}).measure([LogProb(of=("ref",))], ROWS)
-
-
-def test_selecting_rows_of_statistics():
-    engine = Engine({"policy": Network(seed="policy")})
-    needs = [LogProb(), TopK(2), Entropy(where="last"), LogProb(where="nll"), TopK(2, where="nll")]
-    stats = engine.measure(needs, ROWS)
-    index = torch.tensor([2, 0])
-    found, wanted = stats.select(index), engine.measure(needs, ROWS.select(index))
-    for need in needs:
-        assert torch.equal(found[need], wanted[need])
-    twice = stats.merged({}).detached().select(torch.tensor([3, 2, 0])).select(torch.tensor([1, 2]), width=5)
-    assert torch.equal(twice[LogProb(where="nll")], wanted[LogProb(where="nll")])
-    assert torch.equal(twice[LogProb()], wanted[LogProb()][:, :5])
-
-
-def test_names():
-    assert LogProb().name == "log_prob" and Entropy(of=("ref",)).name == "entropy(ref)"
-    assert LogProb(of=("old",), transform=KeepMinP(0.02)).name == "log_prob(old, min_p=0.02)"
-    assert Divergence("forward_kl").name == "divergence(kl_ref_policy, ref)"
-    assert Divergence("js", first="old").name == "divergence(js, old, ref)"
-    assert TopK(3, under="ref").name == "top_k(policy, 3, under=ref)"
-    assert Value("value", of=("old",)).name == "value(old, value)"
-    assert TopK(2, under="policy") == TopK(2) and TopK(2, of=("old",), under="old") == TopK(2, of=("old",))
-    assert Divergence("reverse_kl") == Divergence("kl_policy_ref") and TopK(3, under="ref").of == ("policy", "ref")
-
-
-def test_top_k_of_another_model_by_id():
-    """Identities and log-probabilities come in one order, so that a loss may put them together."""
-    policy, ref = Network(seed="policy"), Network(seed="ref")
-    engine = Engine({"policy": policy, "ref": ref})
-    ids, probs = TopK(3, of=("ref",), ids=True), TopK(3, under="ref")
-    stats = engine.measure([ids, probs], ROWS)
-    z, q = logits(policy, ROWS, 1.0), logits(ref, ROWS, 1.0)
-    chosen = q.sort(-1, descending=True).indices[..., :3]
-    assert torch.equal(stats[ids][ROWS.mask], chosen[ROWS.mask].float())
-    wanted = z.log_softmax(-1).gather(-1, chosen).detach()
-    torch.testing.assert_close(stats[probs][ROWS.mask], wanted[ROWS.mask], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("make", "what"),
-    [
-        (lambda: Divergence("chi3"), "there is no divergence"),
-        (lambda: Divergence("js", against="policy", first="ref"), "put the policy first"),
-        (lambda: TopK(0), "at least 1"),
-    ],
-)
-def test_functionals_refuse(make, what):
-    with pytest.raises(ValueError, match=what):
-        make()
-
-
-def test_the_policy_is_left_as_it_was():
-    policy = Network(seed="policy")
-    before = copy.deepcopy(policy.state_dict())
-    Engine({"policy": policy}, max_tokens=20).step(
-        [LogProb()], ROWS, Stats(), lambda rows, stats: stats[LogProb()].sum()
-    )
-    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())

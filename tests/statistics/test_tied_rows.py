@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.statistics.test_engine import assert_gradients, critic_of, gradients, kl, log_prob, logits
+from tests.statistics.whole_logits import assert_gradients, critic_of, gradients, kl, log_prob, logits
 from tests.worlds import EVERYTHING, Network, text_rows
 
 from keel.statistics.engine import AGAIN, Engine

@@ -94,11 +94,22 @@ def check(value: Any, hint: Any, where: str) -> Any:
     try:
         found = _adapter(hint).validate_python(value)
     except ValidationError as error:
-        problems = "; ".join(dict.fromkeys(item["msg"] for item in error.errors()[:3]))
+        problems = "; ".join(dict.fromkeys(problem(item) for item in error.errors()[:3]))
         raise ConfigError(f"{problems} (got {value!r})", where) from None
     if any(isinstance(one, float) and math.isnan(one) for one in (found if isinstance(found, tuple) else (found,))):
         raise ConfigError(f"must be a number (got {value!r})", where)
     return found
+
+
+def problem(item: Mapping[str, Any]) -> str:
+    """What pydantic says of a value, in words for those who write YAML.
+
+    >>> problem({"type": "tuple_type", "input": "wandb", "msg": "Input should be a valid tuple"})
+    'Input should be a list, such as [wandb]'
+    """
+    if item["type"] in ("tuple_type", "list_type"):
+        return f"Input should be a list, such as [{item['input']}]"
+    return str(item["msg"])
 
 
 def set_path(value: Any, path: str, new: Any, where: str = "") -> Any:

@@ -20,8 +20,10 @@ def part(name: str, paper: int | list[int] | None = None) -> Callable[[type[T]],
         paper: number, or numbers, in the catalogue.
 
     Raises:
-        ConfigError: the name is taken by another class.
+        ConfigError: the name is taken by another class, or the decorator stands without one.
     """
+    if not isinstance(name, str):
+        raise ConfigError("has a decorator without a name", f"{name.__name__}", 'Write @keel.part("name").')
 
     def register(cls: type[T]) -> type[T]:
         known = _PARTS.get(name)

@@ -77,7 +77,7 @@ def mu_ppo(
     )
 
 
-@recipe(paper=96, baseline="mu_ppo")
+@recipe(paper=96, baseline="mu_ppo", passes={"squash": "tanh"})
 def xi_ppo(thresholds: tuple[float, ...] = (0.5,), **mu_ppo_options) -> Method:
     """xi-PPO: mu-PPO whose rewards are held at their thresholds from both sides, by multipliers that may be negative.
 
@@ -88,7 +88,7 @@ def xi_ppo(thresholds: tuple[float, ...] = (0.5,), **mu_ppo_options) -> Method:
 
     Source: "Confronting Reward Model Overoptimization with Constrained RLHF", 2023.
     """
-    method = mu_ppo(thresholds, **{"squash": "tanh", **mu_ppo_options})
+    method = mu_ppo(thresholds, **mu_ppo_options)
     objective = "min KL(pi || ref) s.t. E_pi[r] = threshold: -KL at the multipliers of the start, which are 0"
     return method.replacing(claim=Claim(objective, "sequence", "kl_policy_ref", None, "target", "reference"))
 
@@ -165,14 +165,16 @@ def recap(
     general: str | None = None,
     general_rows: int = 8,
     general_coef: float = 0.1,
+    scale_rewards: Literal["group", "batch", "none"] | None = None,
     **grpo_options,
 ) -> Method:
     """RECAP: GRPO on several rewards, weighted by how little, and how unsteadily, each has moved of late.
 
         A = sum_k weight_k (r_k - mean_k) / std_k,   weight = K softmax(convergence * instability / tau)
 
-    A reward that has saturated gets the least. General data that come with completions are replayed beside each batch,
-    and their loss is one more objective; general prompts with rewards of their own (None elsewhere) belong to the task.
+    A reward that has saturated gets the least; rewards are taken to lie in [0, 1]. General data that come with
+    completions are replayed beside each batch, and their loss is one more objective; general prompts with rewards of
+    their own (None elsewhere) belong to the task.
 
     Args:
         window: batches that are looked back on; None keeps all weights at 1.
@@ -183,11 +185,12 @@ def recap(
         general: a file of prompts and completions, by `domain` in proportion; None replays none.
         general_rows: of it, beside each batch.
         general_coef: of its mean -log pi(y_t), at weight 1.
+        scale_rewards: of what is summed; None is none with `normalise`, else group.
 
     Source: "Beyond Reasoning Gains: Mitigating General Capabilities Forgetting in Large Reasoning Models", 2025;
     formulas and constants are reconstructed from its summary.
     """
-    method = grpo(**({"scale_rewards": "none", **grpo_options} if normalise else grpo_options))
+    method = grpo(scale_rewards=scale_rewards or ("none" if normalise else "group"), **grpo_options)
     if general is not None:
         method = method.replacing(claim=None).adding(
             terms={"general": Summand(NegativeLogLikelihood(), general_coef, stream="regulariser")},

@@ -66,7 +66,7 @@ def occupancy_chi2(
     )
 
 
-@recipe(paper=17, baseline="grpo", neutral={"beta": 0.0})
+@recipe(paper=17, baseline="grpo", neutral={"beta": 0.0}, without=("kl",))
 def rapo(
     beta: float = 5e-3,
     phi: float = 1.0,
@@ -100,7 +100,7 @@ def rapo(
     )
 
 
-@recipe(paper=14, baseline="grpo", neutral={"beta": 0.0, "length_base": None})
+@recipe(paper=14, baseline="grpo", neutral={"beta": 0.0, "length_base": None}, without=("kl",))
 def apo(
     beta: float = 1e-3,
     difficulty: bool = True,
@@ -134,7 +134,7 @@ def apo(
     return method.replacing(models={"ref": Initial()}, claim=claim).adding(terms={"kl": RowWeightedKL(beta)})
 
 
-@recipe(paper=11, baseline="grpo", neutral={"beta": 0.0})
+@recipe(paper=11, baseline="grpo", neutral={"beta": 0.0}, without=("kl",))
 def kdrl(
     beta: float = 5e-3,
     beta_min: float = 1e-3,
@@ -154,7 +154,7 @@ def kdrl(
     Args:
         beta: first coefficient; 0 loads no teacher.
         beta_min: last one.
-        decay: what a step takes off it; 0 keeps beta.
+        decay: what a step takes off it, so that it takes a whole number of steps; 0 keeps beta.
         teacher: folder or hub name, of the policy's tokenizer; None is the initial policy.
         guided: none, the tokens of failed completions alone (response), or of prompts at which all failed (group); the
             mean is over these tokens.
@@ -170,7 +170,7 @@ def kdrl(
         return method
     masks = {} if guided == "none" else {"failed": Failed(threshold, guided)}
     slot = "transforms" if form == "reward" else "terms"
-    steps = round((beta - beta_min) / decay) if decay > 0 and beta > beta_min else 0
+    steps = max(1, round((beta - beta_min) / decay)) if decay > 0 and beta > beta_min else 0
     fading = {"distil": Schedule(f"{slot}.distil.coef", beta, beta_min, steps)} if steps else {}
     level: Literal["state", "sequence"] = "sequence" if form == "reward" else "state"
     objective = f"E_pi[r] - beta KL(pi || teacher){'' if form == 'reward' else ' per state'}"

@@ -15,11 +15,11 @@ from keel.parts.advantages.shifted import TemperatureShift
 from keel.parts.terms.penalties import Summand
 from keel.parts.terms.positive import OutcomeLoss, TokenRewardLoss
 from keel.parts.terms.second import SecondSurrogate
-from keel.recipes.policy_gradient import REWARD_KL, grpo
+from keel.recipes.policy_gradient import REWARD_KL, SCALE, grpo
 from keel.recipes.registry import recipe
 
 
-@recipe(paper=90, baseline="grpo")
+@recipe(paper=90, baseline="grpo", without=SCALE)
 def riskpo(
     bundle_size: int = 5,
     low: float = 0.2,
@@ -93,7 +93,7 @@ def copo(
     )
 
 
-@recipe(paper=1, baseline="grpo", neutral={"beta": 0.0})
+@recipe(paper=1, baseline="grpo", neutral={"beta": 0.0}, without=("kl",))
 def prl(beta: float = 0.005, step_length: int = 1, segment_ends: tuple[int, ...] = (), **grpo_options) -> Method:
     """GRPO whose tokens pay, in their advantage, for the KL to the reference that they lead to.
 
@@ -173,7 +173,7 @@ def oreal(
     the first ten (`train.critic_warmup_steps`) it alone.
 
     Args:
-        beta: coefficient of k3 against the reference, in the loss.
+        beta: coefficient of k3 against the reference, in the loss, over all completions, learnt or not.
         positive, negative: coefficients of the two losses.
         token_rewards: a model that begins as a copy of the policy, a head on the policy's states, or none.
         scale_rewards: divide the advantage by the group's deviation.

@@ -9,7 +9,7 @@ from keel.models.sources import Initial
 from keel.parts.advantages.group import BatchCentre, GreedyBaseline, GroupCentre, GroupStd, LeaveOneOut, Returns
 from keel.parts.advantages.stream import GAE, RewardToGo, RunningBaseline, Whiten
 from keel.parts.controllers.coefficients import AdaptiveKL
-from keel.parts.rewards.transforms import KLInReward, Overlong
+from keel.parts.rewards.transforms import KLInReward, Overlong, WeightedSum
 from keel.parts.terms.penalties import NegativeEntropy, SampledKL, Summand, ValueLoss, VocabularyDivergence
 from keel.parts.terms.surrogate import CISPO, Clipped, LogLikelihood, Surrogate, Unclipped
 from keel.parts.weights.importance import TruncatedImportance
@@ -30,6 +30,8 @@ KLPlacement = Literal[
     "hellinger",
     "tv",
 ]
+CLIP = ("epsilon", "epsilon_high", "dual_clip")  # arguments of GRPO that another surrogate does not read
+SCALE = ("advantage_epsilon", "scale_rewards")  # that another advantage does not read
 ESTIMATED = ("k1", "k2", "k3", "k3_ratio")  # from the sampled token; the others sum over the vocabulary
 REWARD = "E_pi[r]"
 REWARD_KL = "E_pi[r] - beta KL(pi || ref), sequences"
@@ -89,6 +91,8 @@ def reinforce_pp(
 
     Source: "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage Normalization", 2025.
     """
+    if group_baseline:
+        _at_least_two("reinforce_pp with group_baseline", num_generations)
     credit = GroupCentre() if group_baseline else RewardToGo(gamma)
     return _with_reward_kl(
         Method(
@@ -211,7 +215,7 @@ def grpo(
     )
 
 
-@recipe(baseline="grpo", neutral={"beta": 0.0})
+@recipe(baseline="grpo", neutral={"beta": 0.0}, passes={"kl": "kl_ref_policy"})
 def grpo_forward_kl(beta: float = 0.1, **grpo_options) -> Method:
     """GRPO with KL(ref || policy) over the whole vocabulary in the loss, which holds on to what the reference could do.
 
@@ -220,10 +224,10 @@ def grpo_forward_kl(beta: float = 0.1, **grpo_options) -> Method:
 
     Source: the mass-covering direction, as in "The Choice of Divergence", 2025 (paper 21), on the policy's own samples.
     """
-    return grpo(beta=beta, **{"kl": "kl_ref_policy", **grpo_options})
+    return grpo(beta=beta, **grpo_options)
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", passes={"scale_rewards": "none", "aggregation": "constant"})
 def dr_grpo(max_completion_length: int = 256, **grpo_options) -> Method:
     """GRPO without its two biases: no division by the group's deviation, none by the length of a completion.
 
@@ -232,8 +236,7 @@ def dr_grpo(max_completion_length: int = 256, **grpo_options) -> Method:
 
     Source: "Understanding R1-Zero-Like Training: A Critical Perspective", 2025.
     """
-    options = {"scale_rewards": "none", "aggregation": "constant", **grpo_options}
-    return grpo(max_completion_length=max_completion_length, **options)
+    return grpo(max_completion_length=max_completion_length, **grpo_options)
 
 
 @recipe(baseline="grpo", preset={"train.dynamic_sampling": True})
@@ -264,10 +267,12 @@ def dapo(
         max_completion_length=max_completion_length,
         **grpo_options,
     )
-    return method.adding(transforms={"overlong": Overlong(max_completion_length, cache)}) if cache else method
+    if not cache:
+        return method
+    return method.adding(transforms={"sum": WeightedSum(), "overlong": Overlong(max_completion_length, cache)})
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", passes={"aggregation": "sequence_mean_token_mean"})
 def gspo(epsilon: float = 3e-4, epsilon_high: float | None = 4e-4, **grpo_options) -> Method:
     """GRPO with the ratio of the sequence, the geometric mean of its tokens', clipped as one.
 
@@ -276,13 +281,12 @@ def gspo(epsilon: float = 3e-4, epsilon_high: float | None = 4e-4, **grpo_option
 
     Source: "Group Sequence Policy Optimization", 2025.
     """
-    options = {"aggregation": "sequence_mean_token_mean", **grpo_options}
-    method = grpo(epsilon=epsilon, epsilon_high=epsilon_high, **options)
+    method = grpo(epsilon=epsilon, epsilon_high=epsilon_high, **grpo_options)
     assert method.surrogate is not None
     return method.replacing(surrogate=Surrogate(method.surrogate.f, level="sequence"))
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", without=CLIP)
 def cispo(low: float = 0.0, high: float = 5.0, **grpo_options) -> Method:
     """GRPO whose clip bounds the weight of a token but never silences its gradient.
 
@@ -316,7 +320,7 @@ def ppo(
         value_coef: coefficient of the value loss.
         gamma, lam: discount and trace decay.
         beta: coefficient of k1 against the reference, in the reward.
-        target_kl: if given, beta adapts towards this KL.
+        target_kl: if given, beta adapts towards this KL, in nats a token.
         whiten: whiten the advantages over the tokens of the batch.
         critic: a head on the policy's states, or a model of its own.
         num_generations: completions a prompt.

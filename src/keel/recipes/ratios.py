@@ -10,11 +10,11 @@ from keel.parts.terms.penalties import SampledKL, Summand
 from keel.parts.terms.surrogate import LogLikelihood, Objective, Surrogate, Unclipped
 from keel.parts.terms.surrogates import GammaKernel, GeometricMean, SoftGate, TwoSidedClip
 from keel.parts.weights.mismatch import MaskedImportance, StaleNegatives, TrustRegion
-from keel.recipes.policy_gradient import grpo, gspo
+from keel.recipes.policy_gradient import CLIP, SCALE, grpo, gspo
 from keel.recipes.registry import recipe
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", without=CLIP[1:], passes={"aggregation": "sequence_mean_token_mean"})
 def gmpo(epsilon: float = 0.4, **grpo_options) -> Method:
     """GRPO with the geometric mean of a row's ratios, each token clipped on its own before the mean is taken.
 
@@ -23,10 +23,10 @@ def gmpo(epsilon: float = 0.4, **grpo_options) -> Method:
 
     Source: "Geometric-Mean Policy Optimization", 2025.
     """
-    return _with(GeometricMean(epsilon), {"aggregation": "sequence_mean_token_mean", **grpo_options})
+    return _with(GeometricMean(epsilon), grpo_options)
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", without=CLIP, passes={"aggregation": "sequence_mean_token_mean"})
 def sapo(tau: float = 1.0, tau_negative: float = 1.05, **grpo_options) -> Method:
     """GRPO with a smooth gate around ratio 1 in place of the clip.
 
@@ -35,10 +35,10 @@ def sapo(tau: float = 1.0, tau_negative: float = 1.05, **grpo_options) -> Method
 
     Source: "Soft Adaptive Policy Optimization", 2025.
     """
-    return _with(SoftGate(tau, tau_negative), {"aggregation": "sequence_mean_token_mean", **grpo_options})
+    return _with(SoftGate(tau, tau_negative), grpo_options)
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", without=CLIP)
 def vespo(
     k: float = 2.0, lam: float = 3.0, k_negative: float = 3.0, lam_negative: float = 2.0, **grpo_options
 ) -> Method:
@@ -53,16 +53,16 @@ def vespo(
     return _with(GammaKernel(k, lam, k_negative, lam_negative), grpo_options, "trajectory")
 
 
-@recipe(baseline="gspo")
+@recipe(baseline="gspo", passes={"aggregation": "sequence_mean_token_sum"})
 def luspo(**gspo_options) -> Method:
     """GSPO with each sequence's loss times its length, which takes the preference for short ones out.
 
     Source: "Length-Unbiased Sequence Policy Optimization", 2026.
     """
-    return gspo(**{"aggregation": "sequence_mean_token_sum", **gspo_options})
+    return gspo(**gspo_options)
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", without=("dual_clip",))
 def grpo_two_sided(
     delta: float = 4.0, epsilon: float = 0.2, epsilon_high: float | None = None, **grpo_options
 ) -> Method:
@@ -78,7 +78,7 @@ def grpo_two_sided(
     return _with(TwoSidedClip(delta, epsilon, epsilon_high), grpo_options)
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", without=CLIP)
 def dppo(low: float = 0.2, high: float = 0.2, coef: float = 1e-3, **grpo_options) -> Method:
     """GRPO without a clip that drops tokens whose probability has moved too far, in probability and not in ratio.
 
@@ -97,7 +97,13 @@ def dppo(low: float = 0.2, high: float = 0.2, coef: float = 1e-3, **grpo_options
     )
 
 
-@recipe(baseline="grpo", neutral={"tau": 0.0}, reduces_to=lambda: _likelihood_grpo())
+@recipe(
+    baseline="grpo",
+    neutral={"tau": 0.0},
+    reduces_to=lambda: _likelihood_grpo(),
+    without=CLIP,
+    passes={"scale_rewards": "none"},
+)
 def dro(tau: float = 0.05, level: Literal["token", "sequence"] = "token", **grpo_options) -> Method:
     """Log-likelihood weighted by the advantage, and a square of the log-ratio to the policy that sampled.
 
@@ -114,42 +120,42 @@ def dro(tau: float = 0.05, level: Literal["token", "sequence"] = "token", **grpo
     group's mean stands in for the value that they learn or estimate.
     """
     mode = "sequence_mean_token_sum" if level == "sequence" else "token_mean"
-    method = _with(LogLikelihood(), {"scale_rewards": "none", "aggregation": mode, **grpo_options})
+    method = _with(LogLikelihood(), {"aggregation": mode, **grpo_options})
     return method.adding(terms={"old": Summand(SampledKL("k2", against="old", level=level), tau)})
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", without=CLIP, passes={"scale_rewards": "none"})
 def gpg(**grpo_options) -> Method:
     """Plain policy gradient with the group's mean as baseline, scaled up by the share of completions without reward.
 
     Source: "GPG: A Simple and Strong Reinforcement Learning Baseline for Model Reasoning", 2025.
     """
-    method = _with(LogLikelihood(), {"scale_rewards": "none", **grpo_options})
+    method = _with(LogLikelihood(), grpo_options)
     assert method.claim is not None
     return method.adding(advantage={"nonzero": NonzeroScale()}).replacing(claim=replace(method.claim, invariant=()))
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", without=(*CLIP, *SCALE), passes={"aggregation": "sequence_mean_token_sum"})
 def opo(**grpo_options) -> Method:
     """Plain policy gradient whose baseline is the mean of the group's rewards weighted by length.
 
     Source: "On-Policy RL with Optimal Reward Baseline", 2025.
     """
-    method = _with(LogLikelihood(), {"scale_rewards": "none", "aggregation": "sequence_mean_token_sum", **grpo_options})
+    method = _with(LogLikelihood(), {"scale_rewards": "none", **grpo_options})
     return method.replacing(advantage={"length_baseline": LengthBaseline()})
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", without=(*CLIP, *SCALE), passes={"aggregation": "sequence_mean_token_sum"})
 def otb(**grpo_options) -> Method:
     """Optimal token baseline: plain policy gradient, with a baseline of least variance for each position of the group.
 
     Source: optimal token baseline, 2026, arXiv 2602.07078; as in verl.
     """
-    method = _with(LogLikelihood(), {"scale_rewards": "none", "aggregation": "sequence_mean_token_sum", **grpo_options})
+    method = _with(LogLikelihood(), {"scale_rewards": "none", **grpo_options})
     return method.replacing(advantage={"token_baseline": OptimalTokenBaseline()})
 
 
-@recipe(baseline="grpo")
+@recipe(baseline="grpo", without=(*CLIP, *SCALE), passes={"aggregation": "sequence_mean_token_sum"})
 def maxrl(threshold: float | None = 0.5, **grpo_options) -> Method:
     """Maximises log P(success) in place of P(success): each prompt's step is divided by its share of successes.
 
@@ -158,7 +164,7 @@ def maxrl(threshold: float | None = 0.5, **grpo_options) -> Method:
 
     Source: "Maximum Likelihood Reinforcement Learning", 2026.
     """
-    method = _with(LogLikelihood(), {"scale_rewards": "none", "aggregation": "sequence_mean_token_sum", **grpo_options})
+    method = _with(LogLikelihood(), {"scale_rewards": "none", **grpo_options})
     claim = Claim("log P_pi(r >= threshold)", "sequence", "kl_ref_policy", None, "target", "successes")
     kept = None if method.models else claim  # with a KL there is no closed form to hold it to
     return method.replacing(advantage={"maximum_likelihood": MaximumLikelihood(threshold)}, claim=kept)

@@ -29,6 +29,8 @@ class Recipe:
         neutral: arguments at which it equals the baseline.
         reduces_to: what it equals then, if not the baseline at its defaults.
         preset: training settings that belong to the method, as dotted keys.
+        without: arguments of the baseline that nothing of it would read.
+        passes: defaults of its own for arguments that it passes on.
     """
 
     name: str
@@ -38,10 +40,12 @@ class Recipe:
     neutral: Mapping[str, Any] = field(default_factory=dict)
     reduces_to: Callable[[], Method] | None = None
     preset: Mapping[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    passes: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def arguments(self) -> dict[str, inspect.Parameter]:
-        """Its arguments, those that it passes on to its baseline included."""
+        """Its arguments, those that it passes on to its baseline and are read there included."""
         own: dict[str, inspect.Parameter] = {}
         passes_on = False
         for name, parameter in inspect.signature(self.make).parameters.items():
@@ -50,7 +54,9 @@ class Recipe:
             else:
                 own[name] = parameter
         if passes_on and self.baseline is not None:
-            own = {**recipe_named(self.baseline).arguments, **own}
+            passed = {n: p for n, p in recipe_named(self.baseline).arguments.items() if n not in self.without}
+            passed |= {name: passed[name].replace(default=value) for name, value in self.passes.items()}
+            own = {**passed, **own}
         return own
 
     @property
@@ -62,7 +68,7 @@ class Recipe:
         """The method.
 
         Raises:
-            ConfigError: an unknown argument, or a value that does not fit.
+            ConfigError: an unknown argument, a value that does not fit, or a function that returns no method.
         """
         checked = {}
         for name, value in arguments.items():
@@ -72,9 +78,12 @@ class Recipe:
                 raise ConfigError(what, None, f"Arguments: {allowed}.")
             checked[name] = check(value, self._hint(name), name)
         try:
-            return self.make(**checked)
+            method = self.make(**checked)
         except ValueError as error:
             raise ConfigError(str(error), f"recipe '{self.name}'") from error
+        if not isinstance(method, Method):
+            raise ConfigError(f"returns {type(method).__name__}, not a keel.Method", f"recipe '{self.name}'")
+        return method
 
     def choices(self, name: str) -> tuple[Any, ...]:
         """The values that an argument may take, where its annotation lists them.
@@ -101,22 +110,37 @@ def recipe(
     neutral: Mapping[str, Any] | None = None,
     reduces_to: Callable[[], Method] | None = None,
     preset: Mapping[str, Any] | None = None,
+    without: tuple[str, ...] = (),
+    passes: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
-    """Register a function that builds a method, under its own name.
+    """Register a function that builds a method, under its own name; what it passes on has the defaults `passes`.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: the name is taken, or the decorator stands without parentheses.
     """
+    if callable(paper):
+        raise ConfigError("has a decorator without parentheses", paper.__name__, "Write @keel.recipe().")
 
     def register(make: Callable[..., Method]) -> Callable[..., Method]:
         name = make.__name__
         known = _RECIPES.get(name)
         if known is not None and known.make.__module__ != make.__module__:
             raise ConfigError(f"recipe name '{name}' is taken by {known.make.__module__}")
-        _RECIPES[name] = Recipe(name, make, paper, baseline, neutral or {}, reduces_to, preset or {})
-        return make
+        made = _passing(make, passes) if passes else make
+        _RECIPES[name] = Recipe(
+            name, made, paper, baseline, neutral or {}, reduces_to, preset or {}, without, passes or {}
+        )
+        return made
 
     return register
+
+
+def _passing(make: Callable[..., Method], passes: Mapping[str, Any]) -> Callable[..., Method]:
+    @functools.wraps(make)
+    def made(*positional: Any, **given: Any) -> Method:
+        return make(*positional, **{**passes, **given})
+
+    return made
 
 
 def recipes() -> dict[str, Recipe]:
@@ -138,11 +162,14 @@ def recipe_named(name: str) -> Recipe:
     """One recipe, by its name or as `file.py:name`.
 
     Raises:
-        ConfigError: there is none of that name, or the file cannot be imported.
+        ConfigError: there is none of that name, a file without one, or a file that cannot be imported.
     """
     known = recipes()
     if ".py:" in name:
         return _from_file(name)
+    if name.endswith(".py") and Path(name).is_file():
+        own = f" Recipes: {', '.join(found)}." if (found := _recipes_of_file(name)) else ""
+        raise ConfigError("is a file, which may define several recipes", name, f"Write {name}:NAME.{own}")
     if name not in known:
         raise ConfigError(f"there is no recipe '{name}'.{nearest(name, known)}", None, "`keel methods` lists them.")
     return known[name]
@@ -174,8 +201,11 @@ def _recipes_of_file(path: str) -> dict[str, Recipe]:
     spec = importlib.util.spec_from_file_location(f"keel_recipe_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    before = dict(_RECIPES)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        _RECIPES.clear()  # of what it has registered before it failed
+        _RECIPES.update(before)
         raise ConfigError(f"cannot be imported: {type(error).__name__}: {error}", path) from error
     return {n: r for n, r in _RECIPES.items() if r.make.__module__ == module.__name__}

@@ -53,7 +53,7 @@ def clip_higher(**grpo_options) -> Method:
     return grpo(**{"epsilon_high": 0.28, **grpo_options})
 
 
-@recipe(paper=21, baseline="grpo", neutral={"eta": 0.0}, reduces_to=clip_higher)
+@recipe(paper=21, baseline="grpo", neutral={"eta": 0.0}, reduces_to=clip_higher, passes={"epsilon_high": 0.28})
 def dph_rl(
     kind: Kind = "forward_kl",
     eta: float | None = None,
@@ -123,6 +123,8 @@ def _reverse(eta: float, **grpo_options) -> Method:
     """The control: no stored samples, and KL(pi || pi_0) on the policy's own."""
     if grpo_options.get("beta"):
         raise ValueError("the coefficient of kind reverse_kl is eta: leave beta out")
+    if grpo_options.get("kl", "k3") != "k3":
+        raise ValueError("kind reverse_kl is the paper's control, its KL is k3: leave kl out")
     method = clip_higher(**{**grpo_options, "beta": eta, "kl": "k3"})
     assert method.claim is not None
     return method.replacing(claim=replace(method.claim, beta=eta))

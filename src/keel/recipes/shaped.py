@@ -20,7 +20,7 @@ def unlikeliness(penalty: float = 0.25, num_generations: int = 32, **grpo_option
     """GRPO in which a success earns less, the likelier it is within its group.
 
     The second ingredient are several updates a batch (`train.num_iterations`, 2 here): rare successes go on rising
-    once the frequent ones are clipped.
+    once the frequent ones are clipped. The paper's runs add a KL penalty (`beta=0.1`).
 
     Args:
         penalty: what the likeliest completion of a group loses, as a share of its reward.

@@ -16,7 +16,7 @@ from keel.parts.terms.surrogate import Surrogate
 from keel.parts.weights.covariance import ClipCov
 from keel.parts.weights.entropy_change import EntropyChange
 from keel.parts.weights.trajectory import ConflictShare, ConflictWeight
-from keel.recipes.policy_gradient import dapo, grpo, unclipped_grpo
+from keel.recipes.policy_gradient import CLIP, dapo, grpo, unclipped_grpo
 from keel.recipes.registry import recipe
 from keel.rollouts.adaptive import AdaptiveTemperature
 
@@ -44,7 +44,7 @@ def clip_cov(
     return method.adding(weights={"clip_cov": ClipCov(fraction, low, high, epsilon, upper)})
 
 
-@recipe(paper=47, baseline="grpo", neutral={"coef": 0.0}, reduces_to=unclipped_grpo)
+@recipe(paper=47, baseline="grpo", neutral={"coef": 0.0}, reduces_to=unclipped_grpo, without=CLIP)
 def kl_cov(fraction: float = 2e-3, coef: float = 1.0, **grpo_options) -> Method:
     """GRPO without a clip, in which the tokens that take the entropy down fastest are held to the policy that sampled.
 
@@ -123,6 +123,8 @@ def steer(
     baseline="grpo",
     neutral={"coef": 0.0, "max_entropy": math.inf, "amplify": 1.0, "suppress": 1.0},
     reduces_to=lambda: unclipped_grpo(aggregation="sequence_mean_token_mean"),
+    without=CLIP,
+    passes={"aggregation": "sequence_mean_token_mean"},
 )
 def gtpo(
     coef: float = 0.1,
@@ -143,7 +145,7 @@ def gtpo(
 
     Source: "GTPO: Trajectory-Based Policy Optimization in Large Language Models", 2025; one update a batch, no clip.
     """
-    method = unclipped_grpo(**{"aggregation": "sequence_mean_token_mean", **grpo_options})
+    method = unclipped_grpo(**grpo_options)
     return method.adding(
         advantage={"entropy": EntropyPenalty(coef, max_entropy)},
         weights={

@@ -18,7 +18,7 @@ def soft_min(first: Float[Tensor, "*n"], second: Float[Tensor, "*n"], sharpness:
 
 def check_critics(sharpness: float, heads: tuple[str, str]) -> None:
     """The settings of whoever reads the two critics."""
-    if not sharpness > 0:
-        raise ValueError(f"sharpness must be positive, not {sharpness}")
+    if not 0 < sharpness < math.inf:
+        raise ValueError(f"sharpness must be positive and finite, not {sharpness}: a large one takes the mean")
     if len(set(heads)) != 2:
         raise ValueError(f"heads must be two different names, not {heads}")

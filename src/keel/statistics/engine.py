@@ -11,9 +11,7 @@ states and needs one pass; so does a step whose parts are all additive. Both giv
 
 import contextlib
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +22,9 @@ from keel.core.policy import PolicyModel
 from keel.core.products import fast_products
 from keel.core.rows import Rows
 from keel.statistics.functionals import Functional, State, Value, backbone
+from keel.statistics.passes import Collector, Pass, Slopes, column_at, is_last
 from keel.statistics.positions import Positions
-from keel.statistics.stats import Stats, packed, slots_of
+from keel.statistics.stats import Stats
 from keel.statistics.workspace import Workspace
 
 LIVE = "policy"
@@ -33,20 +32,6 @@ CHUNK_BYTES, CHUNK_BYTES_CPU = 64 << 20, 8 << 20
 WIDE = 1 << 20  # weights of a head from which on the faster products pay
 AGAIN = 0.6  # share of rows up to which it is cheaper to go forward again with these than backward with all
 Loss = Callable[[Rows, Stats], Tensor]
-
-
-@dataclass
-class Pass:
-    """One micro-batch: its rows, where its positions lie in the step's [B, T], its tokens and states."""
-
-    index: Tensor
-    rows: Rows
-    place: tuple[Tensor, Tensor]
-    row: Tensor  # of each position, in `index`
-    token: Tensor
-    hidden: dict[str, Tensor]
-    kept: list[Positions] = field(default_factory=list)
-    known: dict[int, dict[Hashable, Any]] = field(default_factory=dict)
 
 
 class Engine:
@@ -87,7 +72,7 @@ class Engine:
         """
         if not functionals:
             return Stats()
-        out, workspace = _Collector(rows), Workspace()
+        out, workspace = Collector(rows), Workspace()
         for index in self.split(rows):
             batch = self._forward(rows, index, functionals, grad=False, alias=alias or {})
             with fast_products(self._wide()):
@@ -141,7 +126,7 @@ class Engine:
     def _measure_passes(
         self, functionals: Sequence[Functional], rows: Rows, passes: list[Pass], workspace: Workspace | None = None
     ) -> Stats:
-        out, workspace = _Collector(rows), workspace or Workspace()
+        out, workspace = Collector(rows), workspace or Workspace()
         with torch.no_grad(), fast_products(self._wide()):
             for batch in passes:
                 chunks = list(self._chunks(batch, functionals))
@@ -158,7 +143,7 @@ class Engine:
 
     def _step_additive(self, functionals, rows, frozen, loss, plan, counter) -> tuple[Tensor, Stats]:
         whole = totals(rows)
-        out, workspace = _Collector(rows), Workspace()
+        out, workspace = Collector(rows), Workspace()
         value = torch.zeros((), device=rows.device)
         for i, index in enumerate(plan):
             part = rows.with_(totals=whole).select(index)
@@ -291,7 +276,7 @@ class Engine:
         if functional.where != "last":
             return slopes.grad[b, t]
         g = slopes.grad[b]  # only the last position of a row carries it
-        return g * _is_last(batch)[start:stop].view(-1, *(1,) * (g.dim() - 1))
+        return g * is_last(batch)[start:stop].view(-1, *(1,) * (g.dim() - 1))
 
     def _backward_value(self, functional: Value, batch, start, stop, g, upstream) -> None:
         source = backbone(functional.head) if backbone(functional.head) in batch.hidden else functional.of[0]
@@ -373,7 +358,7 @@ class Engine:
             self.temperature,
             batch.known.get(start),
             workspace,
-            lambda name: _column(batch, name, start, stop),
+            lambda name: column_at(batch, name, start, stop),
         )
 
     def _chunks(self, batch: Pass, functionals: Sequence[Functional]) -> Iterator[tuple[int, int]]:
@@ -417,80 +402,6 @@ class Engine:
                 yield
             finally:
                 module.eval()
-
-
-@dataclass(frozen=True, eq=False)
-class Slopes:
-    """The gradient of a loss in the numbers of a functional, of their shape; of packed ones with their slots [B, T]."""
-
-    grad: Tensor
-    slots: Tensor | None = None
-
-    @staticmethod
-    def of(functional: Functional, grad: Tensor, rows: Rows) -> "Slopes":
-        """With the slots of the rows that the numbers are of."""
-        return Slopes(grad, slots_of(rows.masks[functional.where]) if packed(functional) else None)
-
-
-class _Collector:
-    """Puts numbers of chunks at their places in the step's [B, T], or among those of a named mask."""
-
-    def __init__(self, rows: Rows):
-        self.rows = rows
-        self.values: dict[Functional, Tensor] = {}
-        self.slots: dict[str, Tensor] = {}
-
-    def _room(self, functional: Functional, numbers: Tensor, tail: int) -> Tensor:
-        if functional not in self.values:
-            if packed(functional):
-                mask = self.rows.masks[functional.where]
-                self.slots.setdefault(functional.where, slots_of(mask))
-                shape, tail = torch.Size([int(mask.sum())]), 1
-            else:
-                shape = self.rows.tokens.shape[:1] if functional.where == "last" else self.rows.tokens.shape
-            self.values[functional] = numbers.new_zeros(*shape, *numbers.shape[tail:])
-        return self.values[functional]
-
-    def put(self, functional: Functional, batch: Pass, start: int, stop: int, numbers: Tensor) -> None:
-        room = self._room(functional, numbers, 1)
-        b, t = batch.place[0][start:stop], batch.place[1][start:stop]
-        if functional.where == "last":
-            last = _is_last(batch)[start:stop]
-            room[b[last]] = numbers[last]
-        elif packed(functional):
-            slot = self.slots[functional.where][b, t]
-            room[slot[slot >= 0]] = numbers[slot >= 0]
-        else:
-            room[b, t] = numbers
-
-    def put_rows(self, functional: Functional, index: Tensor, numbers: Tensor, part: Rows) -> None:
-        room = self._room(functional, numbers, 1 if functional.where == "last" else 2)
-        if functional.where == "last":
-            room[index] = numbers
-        elif packed(functional):
-            mask = part.masks[functional.where]
-            room[self.slots[functional.where][index, : mask.shape[1]][mask]] = numbers
-        else:
-            room[index, : numbers.shape[1]] = numbers
-
-    def stats(self, functionals: Sequence[Functional]) -> Stats:
-        masks = {f.where: self.rows.masks[f.where] for f in functionals if packed(f)}
-        return Stats({f: self.values[f] for f in functionals}, masks)
-
-
-def _column(batch: Pass, name: str, start: int, stop: int) -> Tensor:
-    """What a column per token of the rows holds at some positions, [n, ...]."""
-    if name not in batch.rows.columns:
-        raise KeyError(f"a functional reads the column '{name}', which the rows do not have")
-    return batch.rows.columns[name][batch.row[start:stop], batch.place[1][start:stop]]
-
-
-def _is_last(batch: Pass) -> Tensor:
-    """Whether a position is the last chosen token of its row."""
-    b = batch.place[0]
-    last = torch.ones_like(b, dtype=torch.bool)
-    last[:-1] = b[1:] != b[:-1]
-    return last
 
 
 def _learns(functional: Functional) -> bool:

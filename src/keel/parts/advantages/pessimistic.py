@@ -22,12 +22,12 @@ class SoftMinCritics:
     `columns["returns"]` = R and `columns["values"]` = V travel to the value loss.
 
     Args:
-        sharpness: a of the soft minimum; 0 is the minimum, infinity the mean.
+        sharpness: a of the soft minimum; a small one is nearly the minimum, a large one the mean.
         heads: names of the two value heads.
         slow: names of copies of them whose values make the advantage; () takes their own.
 
     Raises:
-        ValueError: sharpness not positive, or not two different heads, or slow copies that are not two.
+        ValueError: sharpness not positive and finite, or not two different heads, or slow copies that are not two.
 
     Source: "SAFE: Stable Alignment Finetuning with Entropy-Aware Predictive Control for RLHF", 2026; its critics see
     the completion as one step, here each token has a value.

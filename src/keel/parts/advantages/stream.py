@@ -131,7 +131,8 @@ class GAE:
 
         delta_t = r_t + gamma V_(t+1) - V_t,   A_t = delta_t + gamma lam A_(t+1),   V after the end = 0
 
-    over counted tokens. `columns["returns"]` = A + V and `columns["values"]` = V travel to the value loss.
+    over counted tokens. `columns["returns"]` = A + V and `columns["values"]` = V travel to the value loss. A completion
+    without a reward has A = 0, so that it teaches the critic nothing either.
 
     Args:
         gamma, lam: discount and trace decay.
@@ -167,6 +168,8 @@ class GAE:
         values = torch.where(rows.mask, values, torch.zeros_like(values))
         delta = reward_stream(rows) + self.gamma * next_counted(values, rows.mask) - values
         gain = discounted_sum(delta, rows.mask, self.gamma * self.lam)
+        assert rows.reward is not None
+        gain = torch.where(rows.reward.isnan(), torch.zeros_like(gain), gain)
         columns = {**rows.columns, "returns": gain + values, "values": values}
         return rows.with_(advantage=gain, columns=columns)
 

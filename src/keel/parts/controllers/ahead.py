@@ -68,7 +68,8 @@ class LookAhead:
         if self.rate < 0:
             raise ValueError(f"rate must not be negative, not {self.rate}")
         if self.num_generations < 2 or self.num_prompts < 1:
-            raise ValueError("a spread needs at least two completions of at least one prompt")
+            what = "a spread needs num_generations of at least 2 and num_prompts of at least 1"
+            raise ValueError(f"{what}, not {self.num_generations} and {self.num_prompts}")
 
     def init(self) -> dict[str, Any]:
         """Nothing is remembered."""

@@ -111,7 +111,7 @@ class AdaptiveKL:
     Args:
         path: where the coefficient lives, `transforms.kl.coef`.
         start: its first value.
-        target: KL to hold, in the units of `metric`.
+        target: KL to hold, in the units of `metric`; `kl` is in nats a token, the source's 6 of a whole completion.
         horizon: rows over which a full correction is made; n is the rows of a batch.
         metric: the metric to read.
 

@@ -22,7 +22,8 @@ class ObjectiveWeights:
         i_k = std / mean over the window,    s_k = c_k i_k,    weight_k = K e^(s_k / temperature) / sum_j e^(s_j / ...)
 
     The weights sum to K; until the window is full they are 1. An objective that stands at its best has c = 1 and i = 0.
-    The loss of a term on rehearsed rows may be one more objective, l its mean without the coefficient.
+    Rewards are taken to lie in [0, 1]; one whose mean over the window is 1 or more counts as at its best. The loss of a
+    term on rehearsed rows may be one more objective, l its mean without the coefficient.
 
     Args:
         window: batches that are looked back on, an even number.

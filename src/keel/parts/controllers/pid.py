@@ -143,9 +143,11 @@ class KLPreview:
         return {}, state
 
     def scale_step(self, rows: Rows, stats: Stats) -> float:
-        """The share of an update to take, by what it would make of the policy."""
+        """The share of an update to take, by what it would make of the policy; none where that has no probabilities."""
         found = stats[self.looks_at[0]]
         kl = float(masked_mean(torch.where(rows.mask, found, torch.zeros_like(found)), rows))
+        if math.isnan(kl):
+            return 0.0
         return min(1.0, self.limit / kl) if kl > 0 else 1.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -10,7 +11,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -171,7 +173,7 @@ def call_reward(
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
 ) -> list[float | None]:
-    """Call a reward function with what its signature accepts, and check what it returns.
+    """Call a reward function with what its signature accepts, and check what it returns; one that is async is awaited.
 
     Raises:
         ValueError: not one value for each completion.
@@ -182,7 +184,19 @@ def call_reward(
     if accepted is not None and hasattr(function, "parameters"):
         accepted |= {"completions"}  # who calls on behalf of another counts the answers by them
     keywords = {key: value for key, value in {**columns, **given}.items() if accepted is None or key in accepted}
-    return as_numbers(function(**keywords), len(completions))
+    count = len(completions)  # before the function, which may change its arguments
+    values = function(**keywords)
+    return as_numbers(_awaited(values) if inspect.isawaitable(values) else values, count)
+
+
+def _awaited(values: Awaitable[Any]) -> Any:
+    """In an event loop of its own, in a thread of its own: this one may have a loop that runs, as in a notebook."""
+
+    async def result() -> Any:
+        return await values
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, result()).result()
 
 
 def as_numbers(values: Any, count: int) -> list[float | None]:

@@ -105,10 +105,18 @@ class _Batch:
 
     def call(self, function: Callable[..., Any], rows: Sequence[int]) -> list[float | None]:
         def pick(entries: Sequence[Any]) -> list[Any]:
-            return [entries[row] for row in rows]
+            return [_own(entries[row]) for row in rows]
 
         columns = {name: pick(entries) for name, entries in self.columns.items()}
-        return call_reward(function, pick(self.prompts), pick(self.completions), pick(self.completion_ids), columns)
+        ids = [list(self.completion_ids[row]) for row in rows]
+        return call_reward(function, pick(self.prompts), pick(self.completions), ids, columns)
+
+
+def _own(value: Any) -> Any:
+    """A copy of lists and dictionaries, so that a function that changes its arguments changes nothing else."""
+    if type(value) is list:
+        return [_own(item) for item in value]
+    return {key: _own(item) for key, item in value.items()} if type(value) is dict else value
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Rewards bent before the advantages: by how rare a completion is in its group, and by whom it beats."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -90,8 +91,8 @@ class PreferenceAsReward:
         against: name of the reference model.
 
     Raises:
-        ValueError: k not positive, an unknown shape, negative references, or several reward columns (put a WeightedSum
-            before it).
+        ValueError: k not positive and finite, an unknown shape, negative references, or several reward columns (put a
+            WeightedSum before it).
 
     Source: "Reward Shaping to Mitigate Reward Hacking in RLHF", 2025, which scores 10 completions of the initial policy
     beforehand; the weights ref / old are Keel's.
@@ -105,8 +106,8 @@ class PreferenceAsReward:
     def __post_init__(self) -> None:
         if self.references < 0:
             raise ValueError(f"references must not be negative, got {self.references}")
-        if not self.k > 0:
-            raise ValueError(f"k must be positive, not {self.k}")
+        if not 0 < self.k < math.inf:
+            raise ValueError(f"k must be positive and finite, not {self.k}")
         if self.shape not in get_args(Shape):
             raise ValueError(f"shape '{self.shape}' is not one of {', '.join(get_args(Shape))}")
 

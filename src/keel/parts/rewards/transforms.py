@@ -1,8 +1,11 @@
 """Transforms of rewards, before the advantages: rows -> rows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from keel.core.aggregate import weighted_mean, weighted_std
@@ -35,6 +38,17 @@ class WeightedSum:
         total = torch.nansum(reward * weights, 1)
         nothing = reward.isnan().all(1)
         return rows.with_(reward=torch.where(nothing, torch.full_like(total, torch.nan), total)[:, None])
+
+
+def summed(rows: Rows, transforms: Mapping[str, Any]) -> Float[Tensor, "B"]:
+    """One number a row, as the `WeightedSum` among the transforms weighs its rewards, or all by 1; 0 without any.
+
+    Raises:
+        ValueError: rows without reward, or another number of weights than of rewards.
+    """
+    weighted = next((item for item in transforms.values() if isinstance(item, WeightedSum)), WeightedSum())
+    total = _reward(weighted(rows, Stats()))[:, 0]
+    return torch.where(total.isnan(), torch.zeros_like(total), total)
 
 
 @part("clip_reward")
@@ -82,7 +96,7 @@ class WhitenReward:
 @part("overlong")
 @dataclass(frozen=True)
 class Overlong:
-    """Soft punishment of length, added to every reward column.
+    """Soft punishment of length, added to every reward column: put a WeightedSum before it where there are several.
 
         0                                      L <= max_length - cache
         ((max_length - cache) - L) / cache     up to max_length
@@ -125,7 +139,7 @@ class KLInReward:
         against: name of the reference model.
 
     Raises:
-        ValueError: an unknown estimator.
+        ValueError: a negative coef, or an unknown estimator.
 
     Source: "Training language models to follow instructions with human feedback", 2022.
     """
@@ -140,6 +154,8 @@ class KLInReward:
         return (LogProb(of=("old",)), LogProb(of=(self.against,)))
 
     def __post_init__(self) -> None:
+        if self.coef < 0:
+            raise ValueError(f"coef must not be negative, got {self.coef}")
         if self.estimator not in ("k1", "k2", "k3"):
             raise ValueError(f"estimator '{self.estimator}' is not one of k1, k2, k3")
 

@@ -38,7 +38,7 @@ class ExplorationReward:
     Args:
         triggers: token ids after which a window counts; () takes every token.
         window: tokens of a window, those after the trigger.
-        edge: entropy in nats; None is the mean, over the first batch, of each completion's 95% quantile.
+        edge: entropy in nats; None is the mean, over the first batch with windows, of each completion's 95% quantile.
         alpha: size of the bonus; 0 changes nothing.
         margin, k, width, scale: for easy, medium and hard prompts.
         threshold: reward from which on a completion is right.
@@ -91,8 +91,9 @@ class ExplorationReward:
         return rows.with_(reward=torch.where(counted, reward + bonus, reward)[:, None], columns=columns)
 
     def observe(self, rows: Rows, stats: Stats, metrics: dict, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The edge of the first batch stays."""
-        return {"edge": self._edge(rows, stats, state).cpu()}
+        """The edge of the first batch that has windows stays."""
+        edge = self._edge(rows, stats, state).cpu()
+        return {"edge": edge} if bool(edge.isfinite()) else state
 
     def bonus(
         self, count: Float[Tensor, "B"], wanted: Float[Tensor, "B"], level: Int[Tensor, "B"], good: Bool[Tensor, "B"]

@@ -23,8 +23,8 @@ LEVELS = 3
 class KLByDifficulty:
     """coef Agg[beta_d k3(log pi - log ref)],   d the difficulty of the row's prompt, from the column `difficulty`.
 
-        e <- decay e + (1 - decay) clip(KL_d / target - 1, -clip, clip),   0 within `dead` of 0
-        every `every` batches   log beta_d <- log beta_d + rate e
+        e <- decay e + (1 - decay) (KL_d / target - 1, or 0 within `dead` of 0)
+        every `every` batches   log beta_d <- log beta_d + rate clip(e, -clip, clip)
 
     beta_d begins at 1 and stays there while the target is None. KL_d is the mean of k3 over the tokens of a row, over
     the rows of that difficulty. Rows without the column are medium.
@@ -92,7 +92,8 @@ class KLByDifficulty:
             if bool((here > 0).any()):
                 error[d] = self.averaged(float(error[d]), float(weighted_mean(per_row, here)))
         batches = state["batches"] + 1
-        log_beta = state["log_beta"] + self.rate * error if batches % self.every == 0 else state["log_beta"]
+        step = self.rate * error.clamp(-self.clip, self.clip)
+        log_beta = state["log_beta"] + step if batches % self.every == 0 else state["log_beta"]
         for d in range(LEVELS):
             metrics[f"kl_by_difficulty/{d}"] = math.exp(float(log_beta[d]))
         return {"log_beta": log_beta, "error": error, "batches": batches}
@@ -101,7 +102,7 @@ class KLByDifficulty:
         """The averaged error after one more KL."""
         assert self.target is not None
         error = kl / self.target - 1
-        error = 0.0 if abs(error) <= self.dead else max(-self.clip, min(self.clip, error))
+        error = 0.0 if abs(error) <= self.dead else error
         return self.decay * before + (1 - self.decay) * error
 
 

@@ -60,6 +60,8 @@ class TeacherDivergence:
         object.__setattr__(self, "kind", str(f_divergence(self.kind)))
         if self.correction not in ("none", "prefix", "token"):
             raise ValueError(f"correction must be none, prefix or token, not '{self.correction}'")
+        if self.teacher_temperature is not None and not self.teacher_temperature > 0:
+            raise ValueError(f"teacher_temperature must be positive, not {self.teacher_temperature}")
         _ = self.needs
 
     @property

@@ -203,7 +203,8 @@ def _fitted(features: Tensor, moments: Tensor, log_weight: Tensor, last: bool) -
     except ValueError as error:
         if last:
             fix = "Ask for less, or show more of the reference: raise num_generations or fit_batches."
-            raise UserError(f"{error}; this is of the reference's completions", "moments", fix) from error
+            what = f"{str(error).rstrip('.')}; this is of the reference's completions"
+            raise UserError(what, "moments", fix) from error
     try:
         return fit_multipliers(features, within_reach(features, moments, log_weight), log_weight)
     except ValueError:

@@ -41,6 +41,10 @@ class Summand:
         per: "batch" divides by the tokens of the batch, "where" by those of the mask; two different losses.
         stream: the rows of the batch, or those that a regulariser brings along (the slot `replay`), divided by their
             own number.
+
+    Raises:
+        MethodError: a mask without `per`.
+        ValueError: a negative coef of a divergence, of which the loss would have no minimum.
     """
 
     penalty: Penalty
@@ -56,6 +60,8 @@ class Summand:
                 None,
                 "Give per='batch' or per='where'.",
             )
+        if self.coef < 0 and isinstance(self.penalty, (SampledKL, SampledDivergence, VocabularyDivergence, RootChi2)):
+            raise ValueError(f"coef of a divergence must not be negative, got {self.coef}")
 
     @property
     def needs(self) -> tuple[Functional, ...]:

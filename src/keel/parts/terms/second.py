@@ -18,6 +18,8 @@ from keel.statistics.stats import Stats
 class SecondSurrogate:
     """-A f(rho) at each token, with the advantage from a column of the rows.
 
+    It is a policy term, which the weights of the method multiply as they do the surrogate; they see this advantage.
+
     Args:
         f: the form.
         column: name of the column, [B, T]; rows that do not have it give their advantage.
@@ -33,5 +35,8 @@ class SecondSurrogate:
     additive = True
 
     def __call__(self, rows: Rows, stats: Stats) -> Float[Tensor, "B T"]:
-        found = rows.columns.get(self.column, rows.advantage)
-        return -Surrogate(self.f, self.level)(rows.with_(advantage=found), stats)
+        return -Surrogate(self.f, self.level)(self.credited(rows), stats)
+
+    def credited(self, rows: Rows) -> Rows:
+        """The rows with the advantage that it steps along."""
+        return rows.with_(advantage=rows.columns.get(self.column, rows.advantage))
