@@ -181,12 +181,81 @@ def test_vouching_keeps_the_others_only_if_all_numbers_are_the_same(tmp_path, mo
 
     assert work.vouch(asked, print, tmp_path, 2, lambda c: again(c, 1)) == {"run": 1, "stale": 5}
     assert results.stored(asked[1], tmp_path).code == {"engine": "1"}
+    assert work.vouch(asked, print, tmp_path, 2, again) == {"stale": 5}  # what differed once vouches for nothing
     for cell in asked:
         results.write(made(cell, {"means": {"x": cell.seed}}), tmp_path)
     assert work.vouch(asked, print, tmp_path, 2, again) == {"run": 2, "vouched": 4}
     kept = results.stored(asked[1], tmp_path)
     assert kept.code == new and kept.vouched["changed"] == [["engine", "1", "2"]] and len(kept.vouched["by"]) == 2
-    assert results.stored(asked[0], tmp_path).vouched is None
+    assert results.stored(asked[0], tmp_path).vouched["by"] == [asked[0].label]
+
+
+def test_a_cell_is_kept_if_each_of_its_changes_changed_nothing_elsewhere(tmp_path, monkeypatch):
+    """The engine's change is met by all, that of a part by one recipe on two tasks."""
+    codes = {"grpo": {"engine": "2"}, "rloo": {"engine": "2", "parts": "2"}}
+    monkeypatch.setattr(work, "code_of", lambda cell: codes[cell.recipe] | {"task": f"{cell.task}2"})
+    cells_of = {name: [replace(tiny(name), task=task) for task in ("a", "b")] for name in codes}
+    asked = [*cells_of["grpo"], *cells_of["rloo"]]
+
+    def vouch(recipe_that_differs=""):
+        for cell in asked:
+            results.write(replace(made(cell), code={"engine": "1", "task": cell.task}), tmp_path)
+        ran = []
+
+        def again(cell):
+            ran.append(f"{cell.recipe} {cell.task}")
+            changed = {"means": {"x": 1}} if cell.recipe == recipe_that_differs else {}
+            numbers = {**results.stored(cell, tmp_path).numbers, **changed}
+            return {"numbers": numbers, "times": {"seconds": 9.0}, "machine": {}}
+
+        return work.vouch(asked, print, tmp_path, 1, again), ran
+
+    assert vouch() == ({"run": 3, "vouched": 1}, ["grpo a", "grpo b", "rloo a"])
+    assert results.stored(asked[3], tmp_path).vouched["by"] == sorted(cell.label for cell in asked[:3])
+    assert vouch("rloo") == ({"run": 3, "stale": 1}, ["grpo a", "grpo b", "rloo a"])
+    assert vouch("grpo")[0]["vouched"] == 0
+
+
+def test_the_base_vouches_for_nothing(tmp_path, monkeypatch):
+    """It trains nothing, so that its numbers say nothing of a change in training."""
+    monkeypatch.setattr(work, "code_of", lambda cell: {"engine": "2"})
+    asked = [tiny(cells.BASE), tiny("grpo"), tiny("rloo")]
+    for cell in asked:
+        results.write(made(cell), tmp_path)
+    ran = []
+
+    def again(cell):
+        ran.append(cell.recipe)
+        return {"numbers": results.stored(cell, tmp_path).numbers, "times": {"seconds": 9.0}, "machine": {}}
+
+    assert work.vouch(asked, print, tmp_path, 1, again) == {"run": 1, "vouched": 2} and ran == ["grpo"]
+    known = {"by": [asked[0].label], "changed": [["engine", "1", "2"]]}
+    results.write(replace(made(asked[0]), code={"engine": "2"}, vouched=known), tmp_path)
+    assert work.witnesses(asked, tmp_path)[0] == {("engine", "1", "2"): [(asked[1].label, asked[1].task)]}
+
+
+def test_processes_that_vouch_share_the_changes(tmp_path, monkeypatch):
+    """What another process runs for is left to it; the rest is not."""
+    codes = {"grpo": {"engine": "2"}, "rloo": {"engine": "2", "parts": "2"}}
+    monkeypatch.setattr(work, "code_of", lambda cell: codes[cell.recipe])
+    asked = [tiny(name, seed) for name in codes for seed in range(2)]
+    for cell in asked:
+        results.write(made(cell), tmp_path)
+    fork = multiprocessing.get_context("fork")
+    ran = fork.Queue()
+
+    def run(cell):
+        numbers = results.stored(cell, tmp_path).numbers
+        if multiprocessing.parent_process() is None:  # the first process, in the middle of its first change
+            other = fork.Process(target=work.vouch, args=(asked, print, tmp_path, 1, run))
+            other.start()
+            other.join()
+        ran.put((cell.recipe, multiprocessing.parent_process() is None))
+        return {"numbers": numbers, "times": {"seconds": 9.0}, "machine": {}}
+
+    assert work.vouch(asked, print, tmp_path, 1, run) == {"run": 1, "vouched": 1}
+    assert [ran.get(timeout=5), ran.get(timeout=5)] == [("rloo", False), ("grpo", True)] and ran.empty()
+    assert {results.stored(cell, tmp_path).code["engine"] for cell in asked} == {"2"}
 
 
 def test_a_cell_for_real(tmp_path, monkeypatch):
@@ -307,6 +376,27 @@ def test_the_page_is_made_of_cells(tmp_path, monkeypatch):
     assert "- `dpo`: needs pairs" in text and "`otb` on `countdown` failed: RuntimeError: no" in text
     picture = (tmp_path / "methods.svg").read_text()
     assert picture.startswith("<svg") and picture.count("<circle") == 3 and ">base</text>" in picture
+
+
+def test_what_has_collapsed_does_not_squeeze_the_picture():
+    """A point below half of the median on an axis is told in words; two in one place are the edge together."""
+    near = [(Arm(name), x, y) for name, x, y in (("grpo", 0.40, 0.80), ("ppo", 0.44, 0.85), ("salsa", 0.44, 0.85))]
+    gone = (Arm("cream"), 0.19, 0.85)
+    assert methods_page.collapsed([*near, gone]) == (near, [gone])
+    assert methods_page.collapsed([*near, (Arm("cream"), 0.22, 0.85)])[1] == []
+    assert methods_page.edge(near) == [Arm("grpo"), Arm("ppo")]
+
+
+def test_a_name_in_the_picture_covers_nothing_if_there_is_room():
+    taken = [(95.0, 95.0, 105.0, 105.0), (108.0, 80.0, 160.0, 120.0)]  # the point itself, and something at its right
+    at, anchor, line = methods_page.place("grpo", 300.0, 300.0, [])
+    assert (at, anchor, line) == ((308.0, 304.0), "start", None)
+    at, anchor, _ = methods_page.place("grpo", 200.0, 200.0, [(205.0, 150.0, 400.0, 250.0)])
+    assert anchor == "end" and at[0] < 200.0
+    before = list(taken)
+    methods_page.place("a_long_name", 100.0, 100.0, taken)
+    left, top, right, bottom = taken[-1]
+    assert len(taken) == 3 and all(right <= b[0] or left >= b[2] or bottom <= b[1] or top >= b[3] for b in before)
 
 
 def test_the_best_go_on_with_a_tuned_coefficient(monkeypatch):

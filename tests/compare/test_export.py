@@ -99,5 +99,5 @@ def test_files(tmp_path):
     assert write_csv(tmp_path / "a.csv", first).read_text() == cells_csv(first)
     assert write_summary(tmp_path / "b.csv", analysis).read_text() == summary_csv(analysis)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"a\.csv: The file cannot be written"):
         write_csv(tmp_path / "file" / "a.csv", first)

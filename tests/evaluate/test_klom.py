@@ -62,7 +62,7 @@ def test_sets_by_themselves():
 
 def test_bad_settings_and_margins():
     for wrong in ({"bins": 1}, {"smoothing": 0.0}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="bins must be at least 2, smoothing in"):
             KLoM(**wrong)
     with pytest.raises(ValueError, match="same points"):
         KLoM()(np.zeros((2, 3)), np.zeros((2, 2)))

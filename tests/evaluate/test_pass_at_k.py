@@ -57,7 +57,7 @@ def test_pass_at_k_is_unbiased():
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)])
 def test_pass_at_k_refuses_the_impossible(n, c, k):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="number of correct samples" if k == 1 else "k must be at least 1 and at most"):
         pass_at_k(n, c, k)
 
 

@@ -79,7 +79,7 @@ def test_what_k_samples_find():
     assert 1 - (1 - detectable(64)) ** 64 == pytest.approx(0.95)
     assert -math.expm1(1024 * math.log1p(-4e-4)) == pytest.approx(0.336139, abs=6e-7)
     assert float(pass_at_k(10**8, 4 * 10**4, 1024)) == pytest.approx(0.336139, abs=1e-5)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="k must be at least 1"):
         detectable(0)
 
 

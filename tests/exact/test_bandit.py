@@ -162,29 +162,29 @@ def test_the_table_of_the_documentation_is_what_comes_out():
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "said"),
     [
-        {"algorithm": "trpo"},
-        {"algorithm": "winners", "negative_gradient": False},
-        {"epsilon": 0.0},
-        {"n": 1},
-        {"rounds": 0},
-        {"steps": 0},
-        {"learning_rate": 0.0},
-        {"gap": -1.0},
-        {"states": 0},
+        ({"algorithm": "trpo"}, "trpo"),
+        ({"algorithm": "winners", "negative_gradient": False}, "winners pushes nothing down"),
+        ({"epsilon": 0.0}, "epsilon must be positive"),
+        ({"n": 1}, "n is too small: 1"),
+        ({"rounds": 0}, "rounds is too small: 0"),
+        ({"steps": 0}, "steps is too small: 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"gap": -1.0}, "gap must not be negative"),
+        ({"states": 0}, "states at least 1"),
     ],
     ids=str,
 )
-def test_bad_settings(settings):
-    with pytest.raises((ValueError, TypeError)):
+def test_bad_settings(settings, said):
+    with pytest.raises((ValueError, TypeError), match=said):
         Settings(**settings)
 
 
 def test_bad_bandits():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not 1 and 20"):
         peaked_bandit(arms=1)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"not 100 and 0\.0"):
         peaked_bandit(width=0.0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="n must be at least 1"):
         best_of(FAR.log_ref.exp(), FAR.reward, 0)

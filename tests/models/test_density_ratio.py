@@ -66,5 +66,5 @@ def test_from_samples():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="visits"):
         fit_density_ratio(torch.zeros(2, 3), torch.zeros(0, 3))
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="no states"):
         fit_density_ratio(torch.zeros(0, 3), torch.zeros(0, 3))

@@ -69,6 +69,11 @@ def test_dtype_is_that_asked_for(folder):
         load(folder, dtype="float23")
 
 
+def test_a_device_that_there_is_not_is_an_error(folder):
+    with pytest.raises(UserError, match="'tpu' is no device"):
+        load(folder, device="tpu")
+
+
 def test_a_missing_path_and_an_empty_folder_are_errors(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load(tmp_path / "nothing")

@@ -57,9 +57,10 @@ PICKLES = ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
 
 
 @pytest.mark.parametrize("name", PICKLES)
-def test_pickles_beside_the_weights_are_not_opened(stranger, canary, name):
+def test_pickles_beside_the_weights_are_not_opened(model, stranger, canary, name):
     bomb(stranger / name, canary)
-    load(stranger)
+    found, wanted = load(stranger).module.state_dict(), load(model).module.state_dict()
+    assert found.keys() == wanted.keys() and all(found[name].equal(wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "weights.pth"])
@@ -116,16 +117,18 @@ def test_code_of_a_model_is_not_run(stranger, canary, known, monkeypatch):
         load(stranger)
 
 
-def test_code_of_a_tokenizer_is_not_run(stranger, canary, monkeypatch):
+def test_code_of_a_tokenizer_is_not_run(model, stranger, canary, monkeypatch):
     (stranger / "evil.py").write_text(EVIL.format(canary=str(canary)) + "class Evil: pass\n")
     config = json.loads((stranger / "tokenizer_config.json").read_text())
     config.update(tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
     (stranger / "tokenizer_config.json").write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     try:
-        load(stranger)
+        found = load(stranger)
     except KeelError as error:
         assert "trust_remote_code" in str(error) or "tokenizer" in str(error)
+    else:
+        assert found.tokenizer("1+1=").input_ids == load(model).tokenizer("1+1=").input_ids
 
 
 def test_a_model_in_memory_does_not_lead_to_the_code_of_its_folder(stranger, canary, monkeypatch):
@@ -262,4 +265,4 @@ def test_a_manifest_does_not_lead_out_of_its_checkpoint(train, tmp_path):
     manifest = json.loads((checkpoint / "keel/manifest.json").read_text())
     manifest["../../../../etc/passwd"] = "0"
     (checkpoint / "keel/manifest.json").write_text(json.dumps(manifest))
-    assert damage(checkpoint) is not None
+    assert damage(checkpoint) in [f"../../../../etc/passwd {what}" for what in ("is missing", "was changed")]

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from keel.report.diagnosis import Level, diagnose
+from keel.train.configuration import Request, resolve
 
 CONFIG = {
     "recipe": {"name": "grpo", "arguments": {"beta": 0.0, "num_generations": 8}},
@@ -50,6 +51,15 @@ def only(changes, **evaluations):
     """The findings that are no good news."""
     found = diagnose(HEALTHY | changes, CONFIG, **evaluations)
     return [finding for finding in found if finding.level is not Level.GOOD]
+
+
+@pytest.mark.parametrize("recipe", ["ppo", "reinforce", "reinforce_pp", "remax", "par", "curated", "copo"])
+def test_equal_rewards_teach_where_no_group_is_compared(recipe):
+    """With one completion a prompt every group is tied; a critic and a baseline of the batch need no other."""
+    config = resolve(Request(recipe)).to_dict()
+    assert diagnose(HEALTHY | {"frac_reward_zero_std": curve(1.0)}, config)[0].level is Level.GOOD
+    compared = resolve(Request("rloo")).to_dict()
+    assert "taught nothing" in diagnose(HEALTHY | {"frac_reward_zero_std": curve(1.0)}, compared)[0].sentence
 
 
 def test_a_healthy_run_has_nothing_to_report():
@@ -149,6 +159,14 @@ def test_one_finding_each(changes, level, words, setting):
     assert found.sentence.endswith(".") and "\n" not in found.sentence
 
 
+def test_a_policy_that_the_first_update_ruined_is_not_told_of_hard_prompts():
+    (found,) = only({"frac_reward_zero_std": curve(1.0), "reward": [(1, 0.4), *curve(0.0)[1:]]})
+    assert found.level == "problem" and found.setting == "train.learning_rate"
+    assert found.sentence.endswith(
+        "the policy has lost what it could (reward 0.40 at best, 0.00 now): lower `train.learning_rate` (now 7e-05)."
+    )
+
+
 FELL = {"entropy": curve(0.6, 0.1)}
 
 
@@ -239,6 +257,12 @@ def test_clip_shares_are_added_where_the_region_is_missing():
     changes = {"clip_ratio/low_mean": curve(0.2), "clip_ratio/high_mean": curve(0.15), "clip_ratio/region_mean": []}
     (found,) = only(changes)
     assert "35% of the tokens" in found.sentence
+
+
+def test_what_the_last_update_clips_counts():
+    """The first one clips nothing: until then the policy has not moved."""
+    (found,) = only({"clip_ratio/region_mean": curve(0.0), "ratio/clipped": curve(0.1, 0.3)})
+    assert (found.kind, found.level) == ("clipping", "warning") and "30% of the tokens" in found.sentence
 
 
 def test_a_term_that_is_off_is_not_dead():

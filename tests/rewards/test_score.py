@@ -1,11 +1,13 @@
+import asyncio
 import math
 
 import pytest
 import torch
 
 from keel.core.errors import UserError
+from keel.parts.rewards.functions import call_reward
 from keel.parts.rewards.score import score
-from keel.parts.rewards.worker import RewardThread, RewardTimeout, RewardWorker, RewardWorkerDied
+from keel.parts.rewards.worker import RewardThread, RewardTimeout, RewardWorker, RewardWorkerDied, isolate
 
 GROUP = [5, 5, 2, 2, 9, 9]  # in the order in which they come, under numbers that mean nothing
 
@@ -72,6 +74,28 @@ def test_only_the_guilty_group_leaves(group):
     assert scores.errors == {"own": 1, "other": 0}
     assert recorded.calls == ["abcdef", "ab", "cd", "ef"]
     assert len(scores.messages["own"]) == 1 and scores.messages["own"][0].startswith("ValueError: a d (")
+
+
+def test_what_a_function_does_to_its_arguments_stays_with_it():
+    """The second function, the next batch and the data see what was there."""
+
+    def clears(prompts, completions, completion_ids, tests):
+        found = [float(len(ids)) for ids in completion_ids]
+        for entry in (*prompts, *completions, *completion_ids, *tests):
+            entry.clear()
+        completions.clear()
+        return found
+
+    def counts(prompts, completions, completion_ids, tests):
+        every = zip(prompts, completions, completion_ids, tests, strict=True)
+        return [float(100 * len(p) + 10 * len(c[0]["content"]) + len(i) + len(t["in"])) for p, c, i, t in every]
+
+    prompts = [[{"role": "user", "content": "?"}]] * 2
+    said = [[{"role": "assistant", "content": text}] for text in ("a", "bc")]
+    data = {"tests": [{"in": [1, 2, 3]}, {"in": [4]}]}
+    for _ in range(2):
+        found = score({"clears": clears, "counts": counts}, prompts, said, [[5], [6, 7]], data, [0, 1])
+        assert found.values.tolist() == [[1.0, 114.0], [2.0, 123.0]] and found.errors == {"clears": 0, "counts": 0}
 
 
 def test_groups_may_be_scattered():
@@ -193,3 +217,20 @@ def test_with_a_worker_process(tmp_path, monkeypatch):
         scores = scored({"own": worker}, completions="bcdfef", group=[0, 0, 1, 1, 2, 2])
         same(scores.values[:, 0], [1, 2, NAN, NAN, 4, NAN])
         assert scores.failed.tolist() == [False, False, True, True, False, False]
+
+
+async def slowly(completions, **_):
+    await asyncio.sleep(0)
+    return [float(len(c)) for c in completions]
+
+
+def test_an_asynchronous_reward_is_awaited():
+    """Also under a loop that runs, as in a notebook."""
+
+    async def notebook():
+        return call_reward(slowly, ["p", "p"], ["a", "bcd"], [[1], [2]], {})
+
+    assert call_reward(slowly, ["p", "p"], ["a", "bcd"], [[1], [2]], {}) == [1.0, 3.0] == asyncio.run(notebook())
+    thread = isolate(slowly)
+    assert thread(prompts=["p"], completions=["ab"], completion_ids=[[1]]) == [2.0]
+    thread.close()

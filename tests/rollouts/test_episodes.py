@@ -1,6 +1,7 @@
 """Episodes: rows as by hand in any company; limits with their reasons; what an environment says is in no loss."""
 
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from keel.core.aggregate import returns
 from keel.core.choice import row_ids
-from keel.core.errors import ConfigError, UserError
+from keel.core.errors import ConfigError, RewardError, UserError
 from keel.core.rows import Rows, Stop
 from keel.models.tiny import SMALL, build_tiny
 from keel.parts.rewards.turns import TurnReward, environment_reward
@@ -377,9 +378,20 @@ class Shut(Room):
         raise RuntimeError("shut")
 
 
+class Leaving(Room):
+    def step(self, text):
+        sys.exit(5)
+
+
 @pytest.mark.parametrize(
     ("made", "said"),
-    [(Raising, "KeyError: 'no such door'"), (Odd, "not an Answer"), (Endless, "inf"), (Shut, "RuntimeError: shut")],
+    [
+        (Raising, "KeyError: 'no such door'"),
+        (Odd, "not an Answer"),
+        (Endless, "inf"),
+        (Shut, "RuntimeError: shut"),
+        (Leaving, "SystemExit: 5"),
+    ],
 )
 def test_an_environment_that_fails_takes_its_group_along(made, said):
     class Mixed(Rooms):
@@ -395,15 +407,23 @@ def test_an_environment_that_fails_takes_its_group_along(made, said):
     sound = {row: e for row, e in episodes(drawn(data_index=[0, 1, 2, 3])).items()}
     mixed = episodes(played)
     same({int(row): sound[int(row)] for i, row in enumerate(played.rows.row) if i not in (3, 4, 5)}, mixed)
-    with pytest.raises(Exception, match=said.split(":")[0]):
+    with pytest.raises(RewardError, match=said.split(":")[0]):
         environment_reward(episode_reward=told)
     assert environment_reward(episode_reward=told[:3]) == told[:3]
 
 
 def test_answers_are_checked():
     assert checked(Answer(reward=1)).reward == 1
-    for wrong in (None, "x", Answer(text=3), Answer(reward="1"), Answer(reward=math.nan), Answer(reward=None)):
-        with pytest.raises((TypeError, ValueError)):
+    for wrong, said in (
+        (None, "NoneType, not an Answer"),
+        ("x", "str, not an Answer"),
+        (Answer(text=3), "the text of an answer is int"),
+        (Answer(reward="1"), "the reward of a turn is '1'"),
+        (Answer(reward=math.nan), "the reward of a turn is nan"),
+        (Answer(reward=None), "the reward of a turn is None"),
+        (Answer(reward=[1.0]), r"the reward of a turn is \[1.0\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=said):
             checked(wrong)
     assert isinstance(Rooms(), InteractiveTask)
 

@@ -12,8 +12,8 @@ from keel.serve.app import build_app
 
 
 @contextlib.contextmanager
-def running(app) -> Iterator[str]:
-    """The address of an application while it is served."""
+def served(app) -> Iterator[str]:
+    """The address of an application while it is served, without a slash at the end."""
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -21,12 +21,19 @@ def running(app) -> Iterator[str]:
     while not server.started:
         time.sleep(0.005)
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(10)
         listening.close()
     assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def running(app) -> Iterator[str]:
+    """The address of OpenAI's API in an application while it is served."""
+    with served(app) as root:
+        yield f"{root}/v1"
 
 
 @contextlib.contextmanager

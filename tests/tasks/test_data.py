@@ -189,7 +189,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "both `prompt` and `messages`"),
         ({"prompt": "a", "completion": 3}, "`completion` must be text or messages, not a number"),
         ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "must be of one kind"),
-        ({"prompt": None}, "neither `prompt` nor `messages`"),
+        ({"prompt": None}, "neither `prompt` nor `messages`; the columns are 'prompt', where there is nothing"),
         ({"prompt": "a", "scores": [1.0, math.nan]}, "`scores` is NaN or infinite"),
         ("a", "not a dictionary but text"),
     ],
@@ -207,6 +207,20 @@ def test_any_bytes_are_data_or_a_data_error(tmp_path_factory, content):
     path.write_bytes(content)
     with contextlib.suppress(DataError):
         assert len(load_data(path, held_out=0).train) > 0
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["a", "b", "", "{", "[]", '{"prompt": 3}']), max_size=3))
+def test_lines_are_data_unless_one_of_them_is_wrong(tmp_path_factory, given_lines):
+    """Letters are prompts; an empty line is one only where it ends the file."""
+    path = tmp_path_factory.getbasetemp() / "lines.jsonl"
+    path.write_text("\n".join(f'{{"prompt": "{line}"}}' if line.isalpha() else line for line in given_lines))
+    prompts = given_lines[:-1] if given_lines[-1:] == [""] else given_lines
+    if prompts and all(line.isalpha() for line in prompts):
+        assert [example.prompt for example in load_data(path, held_out=0).train] == prompts
+    else:
+        with pytest.raises(DataError, match=r"lines\.jsonl"):
+            load_data(path, held_out=0)
 
 
 # Splitting

@@ -286,6 +286,33 @@ def test_any_row_is_read_or_refused_with_its_place(rows, kind):
             assert kind != "pairs" or (p.scores == (1.0, 0.0) and p.completions[0] != p.completions[1])
 
 
+@settings(max_examples=100)
+@given(
+    texts=st.lists(st.lists(st.text("ab", min_size=1, max_size=3), min_size=2, max_size=2), min_size=1, max_size=4),
+    scores=st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=2),
+    kind=st.sampled_from(["pairs", "labels", "lists"]),
+)
+def test_sound_rows_are_read_as_they_are(texts, scores, kind):
+    """Each with a prompt of its own; refused, by its row, is a pair of equal texts, and a text with two scores."""
+    rows, wanted = [], []
+    for i, (one, other) in enumerate(texts):
+        rows.append({
+            "pairs": {"prompt": f"{i}", "chosen": one, "rejected": other},
+            "labels": {"prompt": f"{i}", "completion": one, "label": scores[0] > 0},
+            "lists": {"prompt": f"{i}", "completions": [one, other], "scores": scores},
+        }[kind])  # fmt: skip
+        wanted.append({
+            "pairs": ((one, other), (1.0, 0.0)), "labels": ((one,), (float(scores[0] > 0),)),
+            "lists": ((one, other), tuple(scores)),
+        }[kind])  # fmt: skip
+    refusing = kind == "pairs" or (kind == "lists" and scores[0] != scores[1])
+    equal = [i for i, (one, other) in enumerate(texts, 1) if one == other and refusing]
+    if equal:
+        assert f"row {equal[0]}: " in refused(rows, kind)
+    else:
+        assert [(p.completions, p.scores) for p in load_preferences(rows, kind, held_out=0).train] == wanted
+
+
 # What is noticed
 
 

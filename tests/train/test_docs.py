@@ -1,6 +1,7 @@
 """The pages on uncertainty and engines: what their examples print, and that their commands run."""
 
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -29,9 +30,10 @@ def example(place: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("place", [0, 2, 3, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_examples_on_uncertainty_print_what_is_shown(place, capsys):
+def test_the_examples_on_uncertainty_print_what_is_shown(place, tmp_path, capsys):
     code, shown = example(place)
-    exec(compile(code, "docs/uncertainty.md", "exec"), {})
+    (tmp_path / "example.py").write_text(code)
+    runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")
     same(capsys.readouterr().out, shown)
 
 

@@ -11,6 +11,7 @@ from tests.parts.k8 import ALIKE, k8_rows, k8_stats
 from keel.core.errors import ConfigError
 from keel.core.rows import Rows, Stream, cat
 from keel.models.load import checksum, load
+from keel.parts.rewards.transforms import WeightedSum
 from keel.recipes.registry import recipe_named
 from keel.rollouts.adaptive import AdaptiveTemperature
 from keel.rollouts.local import LocalGenerator
@@ -19,7 +20,7 @@ from keel.statistics.engine import Engine
 from keel.statistics.functionals import LogProb
 from keel.train import online
 from keel.train.encode import Encoder
-from keel.train.observe import sampled_log_probs, sampler_metrics
+from keel.train.observe import rollout_metrics, sampled_log_probs, sampler_metrics
 from keel.train.strategies import check_strategy, distinct, draw_rows
 
 
@@ -99,8 +100,27 @@ def test_a_tied_group_is_told_from_mixed_ones_and_from_candidates():
     tied = k8_rows().select(torch.arange(4))
     tied = tied.with_(group=tied.group + 2, reward=torch.ones_like(tied.reward))
     beside = tied.with_(group=tied.group + 1, stream=torch.full_like(tied.stream, int(Stream.CANDIDATE)))
-    found = online.tied_rows(cat([k8_rows(), tied, beside]))
+    found = online.tied_rows(cat([k8_rows(), tied, beside]), {})
     assert found.tolist() == [False] * 8 + [True] * 4 + [False] * 4
+
+
+def test_a_completion_without_a_reward_makes_no_group_mixed():
+    """(1, 1, none, 1) and (none, ...) teach nothing; (1, 0, none, none) does."""
+    rewards = [[1.0, 1.0, math.nan, 1.0], [math.nan] * 4, [1.0, 0.0, math.nan, math.nan]]
+    rows = k8_rows().select(torch.arange(12) % 8).with_(group=torch.arange(12) // 4)
+    found = online.tied_rows(rows.with_(reward=torch.tensor(rewards).flatten()[:, None]), {})
+    assert found.tolist() == [True] * 8 + [False] * 4
+
+
+def test_the_weights_of_rewards_say_what_is_tied():
+    """(1, 0) and (0, 1) are tied if both count alike, (2, 0) and (0, 1) if the second counts twice."""
+    rows = k8_rows().with_(reward=torch.tensor([[1.0, 0.0], [0.0, 1.0]] * 2 + [[2.0, 0.0], [0.0, 1.0]] * 2))
+    assert online.tied_rows(rows, {}).tolist() == [True] * 4 + [False] * 4
+    weighted = {"sum": WeightedSum((1.0, 2.0))}
+    assert online.tied_rows(rows, weighted).tolist() == [False] * 4 + [True] * 4
+    known = rollout_metrics(rows, {"a": None, "b": None}, weighted)
+    assert known["reward"] == pytest.approx(1.75) and known["frac_reward_zero_std"] == 0.5
+    assert known["rewards/a/mean"] == pytest.approx(0.75) and known["rewards/b/mean"] == pytest.approx(0.5)
 
 
 def test_the_effective_share_of_rows():

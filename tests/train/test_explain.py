@@ -153,6 +153,7 @@ def test_what_is_not_there(run):
         (("told", "--step", 3), "told: no completions are stored of step 3. Steps: 2, 4."),
         (("told", "--rollout", 2, "--step", 4), "rollout 2 is of step 2, not 4"),
         (("told", "--rollout", 2, "--by", "entropi"), "Did you mean 'entropy'?"),
+        (("told", "--by", "entropy"), "--by: colours one completion"),
     ]:
         with pytest.raises(UserError) as error:
             invoke(*words, "--runs", run.path.parent)

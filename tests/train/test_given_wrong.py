@@ -211,6 +211,30 @@ def test_a_reward_that_nothing_asks_is_still_looked_at(dpo, tmp_path):
     assert isinstance(done.exception, ConfigError) and "nope" in str(done.exception)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "given", "said"),
+    [
+        (
+            "mu_ppo",
+            {"thresholds": (0.5, 0.5)},
+            "controllers.multipliers.thresholds: 2 thresholds for 1 reward function (plus). "
+            "Give one for each function, in their order, or a single one for their sum.",
+        ),
+        (
+            "unlikeliness",
+            {"transforms.sum.weights": (1.0, 2.0)},
+            "transforms.sum.weights: 2 weights for 1 reward function (plus). "
+            "Give one for each function, in their order.",
+        ),
+    ],
+)
+def test_numbers_for_rewards_that_are_not_there(recipe, given, said, train, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        train(recipe, reward=plus, name="run", max_steps=1, **given)
+    assert str(error.value) == said
+    assert not (tmp_path / "runs" / "run").exists()
+
+
 def test_a_reward_that_is_there_is_taken(dpo):
     assert dpo(data=PAIRS, reward=plus, max_steps=1).summary["steps"] == 1
 
@@ -310,3 +334,9 @@ def test_data_of_weight_nought_teach_nothing(dpo, tmp_path):
     assert dpo(data=[*nothing[1:], PAIRS[0]], max_steps=1, **{"task.held_out": 0}).summary["steps"] == 1
     with pytest.raises(UserError, match="no row has a weight"):
         load_preferences(nothing, "labels", held_out=0)
+
+
+def test_a_built_in_task_takes_no_share_of_held_out_prompts(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"task\.held_out: is for data of one's own.*task\.options\.held_out"):
+        keel.train("grpo", model=base, task="countdown", runs=tmp_path, **{"task.held_out": 0.5})
+    assert not list(tmp_path.iterdir())

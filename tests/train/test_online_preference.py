@@ -34,10 +34,20 @@ def test_every_recipe_trains(recipe, train):
 
 
 def test_snapshots_of_the_last_iteration(train):
-    run = train("inpo", every=2, **{"rollout.num_generations": 4, "max_steps": 3})
-    assert run.summary["steps"] == 3
-    run = train("nash_mp", half_step=1, name="both", **{"rollout.num_generations": 4, "max_steps": 3})
-    assert run.summary["steps"] == 3
+    """Until an iteration of two batches is over pi_t is the reference, whatever its share; at first eta is 0.1."""
+    few = {"rollout.num_generations": 4, "max_steps": 3}
+    one, other = (told(train("inpo", every=2, ratio=r, name=f"inpo{r}", **few), "loss") for r in (0.3, 0.9))
+    assert one[0] == pytest.approx((1 / (2 * 0.1)) ** 2) and one[:2] == pytest.approx(other[:2], rel=1e-5)
+    assert abs(one[2] - other[2]) > 1
+
+
+def test_the_base_of_a_proximal_step_is_taken_after_both_halves(train):
+    """The pull beta / eta to it is nothing in batch 1, all of the gradient in batch 2, and nothing again in batch 3."""
+    few = {"rollout.num_generations": 4, "max_steps": 3, "reward": brief}
+    weak, strong = (told(train("nash_mp", half_step=1, eta=eta, name=f"mp{eta}", **few), "grad_norm")
+                    for eta in (0.1, 0.01))  # fmt: skip
+    assert weak[0] == pytest.approx(strong[0], rel=1e-5) and 8 < strong[1] / weak[1] < 10
+    assert max(weak[2], strong[2]) < weak[1] / 5
 
 
 @pytest.mark.parametrize("recipe", ["nash_md", "nash_mp"])

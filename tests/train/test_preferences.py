@@ -17,6 +17,7 @@ from keel.store.store import Store
 from keel.tasks.preferences import Preference
 from keel.train.comparisons import Drawn, built_in_preferences
 from keel.train.encode import Encoder
+from keel.train.lifecycle import Stopped
 from keel.train.preferences import preference_rows
 
 PAIRS = [
@@ -203,7 +204,7 @@ def test_a_mixture_round_trips_and_resumes(where, tmp_path):
         if event == "start":
             stop.session = facts["session"]
 
-    with pytest.raises(Exception, match="stopped"):
+    with pytest.raises(Stopped, match="stopped at step"):
         dpo({**where, "data": data}, seed=3, report=stop)
     resumed = dpo({**where, "data": data}, seed=3, resume=True)
     assert resumed.summary["checksum"] == whole.summary["checksum"]
@@ -265,7 +266,7 @@ def test_later_passes_agree_to_rounding_and_resume_to_the_same_bits(where):
         if event == "step" and facts["step"] == 9:
             stop.session.stopping = lambda: True
 
-    with pytest.raises(Exception, match="stopped"):
+    with pytest.raises(Stopped, match="stopped at step"):
         dpo(where, **settings, report=stop)
     assert dpo(where, **settings, resume=True).summary["checksum"] == whole.summary["checksum"]
 
@@ -362,6 +363,6 @@ def test_weights_on_the_command_line():
     from keel.cli.options import data_sets
 
     assert data_sets(None) is None
-    for wrong in (["a=x"], ["a=0"], ["a", "a=2"]):
-        with pytest.raises(ConfigError):
+    for wrong, said in ((["a=x"], "must be PATH"), (["a=0"], "a positive weight"), (["a", "a=2"], "is given twice")):
+        with pytest.raises(ConfigError, match=said):
             data_sets(wrong)

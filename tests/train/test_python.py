@@ -167,7 +167,14 @@ def test_a_reward_in_a_process_of_its_own(train, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     run = train("grpo", reward="my_rewards:length", name="worker", max_steps=1)
+
+    def length(completions, **_):
+        return [float(len(c)) for c in completions]
+
     assert run.metrics["rewards/length/mean"][0][1] > 0
+    here = train("grpo", reward=length, name="here", max_steps=1)
+    for name in ("rewards/length/mean", "grad_norm"):
+        assert run.metrics[name] == here.metrics[name]
 
 
 def test_non_finite_updates_are_skipped_kept_and_end_the_run_after_three(train, tmp_path):

@@ -2,20 +2,23 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.parts.k8 import ALIKE, k8_method, k8_rows, k8_stats
 
 from keel.core.errors import ConfigError
 from keel.core.rows import Rows
 from keel.method import Method
 from keel.parts.advantages.group import GroupCentre
 from keel.parts.terms.penalties import Summand
-from keel.parts.terms.surrogate import Clipped, Surrogate
+from keel.parts.terms.surrogate import CISPO, Clipped, Surrogate, Unclipped
 from keel.report.diagnosis import Level, diagnose
 from keel.rollouts.rollout import Rollout
 from keel.statistics.functionals import LogProb
 from keel.statistics.stats import Stats
+from keel.train.online import last_ratios
 from keel.train.progress import plain_reporter
 from keel.train.symptoms import entropy_by_part, ratio_metrics, sampler_ratio, term_strength
 from keel.train.watch import Watch
@@ -67,6 +70,16 @@ def test_ratios_by_hand():
     found = numbers(ratio_metrics(rows_of([2, 3]), log_ratio))
     # 4 and 0.4 are beyond a factor of 2, e^0.6 = 1.82 is not; the third of the first row is padding.
     assert found == {"ratio/max": pytest.approx(4.0), "ratio/far": pytest.approx(2 / 5)}
+
+
+def test_the_share_that_the_clip_silences_in_the_last_update():
+    """Of the twenty tokens of K8 PPO's clip silences six; the other two silence none."""
+    for form, share in ((Clipped(0.2), 0.3), (CISPO(0.8, 1.2), None), (Unclipped(), None)):
+        method, stats = k8_method(form), k8_stats()
+        rows = method.prepare(k8_rows(), stats, {})
+        found = last_ratios(SimpleNamespace(method=method), rows, stats)
+        assert found["ratio/max"] == pytest.approx(math.exp(1.3), abs=ALIKE)
+        assert found.get("ratio/clipped") == (None if share is None else pytest.approx(share, abs=1e-7))
 
 
 def test_a_filter_shrinks_every_ratio_by_the_probability_that_it_keeps():
@@ -192,8 +205,10 @@ def test_ratios_of_a_real_run_explode_with_many_updates_at_a_high_rate(train):
     settings = {"max_steps": 5, "rollout.num_prompts": 8, "num_iterations": 4, "reward": untied}
     wild = train("grpo", name="wild", **settings | {"learning_rate": 3e-2})
     assert findings(wild)["ratios"].level is Level.PROBLEM
+    assert "outside the clip range" in findings(wild)["clipping"].sentence
+    assert all(value > 0 for _, value in wild.metrics["ratio/clipped"])
     calm = train("grpo", name="calm", **settings | {"learning_rate": 1e-5})
-    assert "ratios" not in findings(calm)
+    assert not {"ratios", "clipping"} & set(findings(calm))
     assert all(1 <= value < 1.5 for _, value in calm.metrics["ratio/max"])
 
 

@@ -1,15 +1,11 @@
 """Every page in a real browser: nothing is reported or fetched from elsewhere, and it works by keyboard, on a phone,
 in the dark and without scripts."""
 
-import contextlib
 import shutil
-import socket
-import threading
-import time
 from pathlib import Path
 
 import pytest
-import uvicorn
+from tests.serve.running import served
 from tests.ui.known_runs import build
 
 from keel.report.style import THEMES
@@ -76,21 +72,9 @@ WATCH = """(limit) => {
 }"""
 
 
-@contextlib.contextmanager
 def serving(folder: Path):
     """The address of the application over a folder."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(folder), log_level="critical", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        listening.close()
+    return served(create_app(folder))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keel.cli.options import Data, Json, Model, Reward, Runs, Set, Task, pairs, recipes_given
+from keel.cli.options import Data, Json, Model, Reward, Runs, Set, Task, pairs
 
 commands = typer.Typer()
 
@@ -14,7 +14,7 @@ commands = typer.Typer()
 def compare(
     recipes: Annotated[
         list[str] | None,
-        typer.Argument(help="Recipes, or file.py:recipe; the first is the baseline.", callback=recipes_given),
+        typer.Argument(help="Recipes, or file.py:recipe; the first is the baseline."),
     ] = None,
     task: Task = None,
     model: Model = None,

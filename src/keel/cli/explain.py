@@ -32,9 +32,12 @@ def explain(
 ) -> None:
     """Show what each token of a completion got: entropy, advantage, KL, weights, masks, terms, gradient."""
     from keel.cli.show import print_json
+    from keel.core.errors import ConfigError
     from keel.report.tokens import pick, quantities
     from keel.report.tokens_page import write_tokens
 
+    if by and rollout is None and html is None:
+        raise ConfigError("colours one completion", "--by", "Name it: --rollout ID. Or write a page: --html FILE.")
     stored, found, earlier = find(run, runs, rollout, step, last_step_only=html is not None)
     if html is not None:
         typer.echo(write_tokens(stored, found, html, by), err=as_json)

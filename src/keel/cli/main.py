@@ -33,7 +33,7 @@ from keel.cli.options import (
     ValueOf,
     data_sets,
     pairs,
-    recipes_given,
+    with_steps,
 )
 
 app = typer.Typer(
@@ -56,9 +56,7 @@ app.add_typer(ui.commands)
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A recipe; `keel methods` lists them.", callback=recipes_given)
-    ] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; `keel methods` lists them.")] = None,
     model: Model = None,
     task: Task = None,
     data: DataSets = None,
@@ -81,7 +79,7 @@ def train(
     from keel.train.lifecycle import execute
     from keel.train.setup import check_rewards, prepare_setup
 
-    settings = pairs(set_) | ({} if max_steps is None else {"train.max_steps": max_steps})
+    settings = with_steps(pairs(set_), max_steps)
     report = quiet_or_bars(as_json)
     setup = prepare_setup(
         recipe,
@@ -215,9 +213,7 @@ def serve(
 
 @app.command()
 def verify(
-    recipe: Annotated[
-        list[str] | None, typer.Argument(help="Recipes, file.py:recipe, or file.py:loss.", callback=recipes_given)
-    ] = None,
+    recipe: Annotated[list[str] | None, typer.Argument(help="Recipes, file.py:recipe, or file.py:loss.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every recipe.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Add fixed points, variance, larger groups, precision.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 unless everything holds.")] = False,
@@ -337,7 +333,7 @@ def methods(context: typer.Context, as_json: Json = False) -> None:
 
 @methods_app.command("show")
 def methods_show(
-    recipe: Annotated[str, typer.Argument(help="A recipe.", callback=recipes_given)],
+    recipe: Annotated[str, typer.Argument(help="A recipe.")],
     set_: Set = None,
     as_json: Json = False,
 ) -> None:

@@ -95,38 +95,6 @@ class Classes(StrEnum):
     none = "none"
 
 
-def recipes_given(given: Any) -> Any:
-    """What was given for recipes, none of which is a file alone.
-
-    Raises:
-        ConfigError: one is a file without the name of a recipe; those that it defines are named.
-    """
-    from keel.core.errors import ConfigError
-
-    for place in [given] if isinstance(given, str) else given or []:
-        if place.endswith(".py") and Path(place).is_file():
-            own = _recipes_of(Path(place))
-            known = f" Recipes: {', '.join(own)}." if own else ""
-            raise ConfigError("is a file, which may define several recipes", place, f"Write {place}:NAME.{known}")
-    return given
-
-
-def _recipes_of(file: Path) -> list[str]:
-    """Names of the functions under `@recipe` or `@keel.recipe`, as far as the text tells without running it."""
-    import ast
-
-    try:
-        body = ast.parse(file.read_text(encoding="utf-8")).body
-    except (OSError, ValueError, SyntaxError):
-        return []
-    return [
-        node.name
-        for node in body
-        if isinstance(node, ast.FunctionDef)
-        and any("recipe" in ast.unparse(d).partition("(")[0].split(".") for d in node.decorator_list)
-    ]
-
-
 def data_sets(values: list[str] | None) -> str | dict[str, float] | None:
     """A path, or several with their weights.
 
@@ -166,6 +134,20 @@ def pairs(values: list[str] | None, flag: str = "--set") -> dict[str, Any]:
     from keel.train.configuration import parse_value
 
     return {key: parse_value(text) for key, text in texts(values, flag).items()}
+
+
+def with_steps(settings: dict[str, Any], max_steps: int | None) -> dict[str, Any]:
+    """The settings with the flag for their number of steps.
+
+    Raises:
+        ConfigError: it is among them, too.
+    """
+    from keel.core.errors import ConfigError
+
+    for key in ("train.max_steps", "max_steps"):
+        if max_steps is not None and key in settings:
+            raise ConfigError("is given twice", f"--max-steps and --set {key}")
+    return settings if max_steps is None else {**settings, "train.max_steps": max_steps}
 
 
 def texts(values: list[str] | None, flag: str) -> dict[str, str]:

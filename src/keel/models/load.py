@@ -52,7 +52,7 @@ def load(
         UserError: nothing there, no safetensors weights, incomplete weights, no network, or no tokenizer.
     """
     module: Any = name_or_path
-    place = None if device is None else torch.device(device)
+    place = None if device is None else _device(device)
     if isinstance(name_or_path, (str, Path)):
         module, tokenizer = _read(str(name_or_path), tokenizer, dtype, trust_remote_code)
         place = place or best_device()
@@ -354,6 +354,14 @@ def _check_finite(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise UserError(f"the weight {name} is not finite", "model", "Take a checkpoint from before it diverged.")
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        fix = "Give cpu, cuda, cuda:1 or mps, or nothing for the best there is."
+        raise UserError(f"'{name}' is no device", "model.device", fix) from error
 
 
 def _move(module: Any, place: torch.device) -> Any:

@@ -13,6 +13,8 @@ TIED = (0.5, 0.8)  # share of groups with equal rewards: a warning, a problem
 ENTROPY_LEFT = (0.4, 0.15)  # entropy at the end over entropy at the beginning
 ENTROPY_GROWN = 2.5
 CLIPPED_TOKENS = (0.2, 0.5)  # share of tokens outside the clip range
+HARD = 0.2  # mean reward below which prompts are too hard
+LEFT = 0.3  # of the best reward, below which a policy has fallen apart
 TRUNCATED = (0.1, 0.4)  # share of completions cut off by the length limit
 LENGTH_GROWN = 2.0
 LOGP_GAP = (0.02, 0.2)  # nats between sampler and trainer
@@ -26,6 +28,10 @@ KEPT = (0.98, 0.8)  # mean ratio of trainer to sampler, by which the sampler's f
 DEAD = 0.1  # a penalty's whole gradient, at its strongest, over the noise of the policy's
 FALLEN = 3.0  # standard errors by which the last window of a hidden reward lies below its best
 _UPDATES = ("num_iterations", "num_minibatches")
+_BEYOND_GROUPS = (  # advantages that are none within a group, so that one of equal rewards teaches, too
+    *("answer_consistency", "batch_centre", "constrained_gae", "gae"),
+    *("greedy_baseline", "returns", "reward_to_go", "soft_min_critics"),
+)
 _NO_FILTER = (None, 0, 1, 1.0, 0.0)  # of top_p, top_k and min_p
 
 
@@ -73,13 +79,16 @@ def _reward_errors(run: Run) -> Iterator[Finding]:
 def _tied_groups(run: Run) -> Iterator[Finding]:
     share, reward = run.late("frac_reward_zero_std"), run.late("reward")
     level = above(share, TIED)
-    if share is None or level is None:
+    if share is None or level is None or not _compares_groups(run):
         return
     path, text = run.setting("num_generations")
     highest = max(run.finite("reward"), default=0.0)
-    if reward is not None and reward > 0.8 * max(highest, 1.0):
+    if _lost(run):
+        path, other = run.setting("learning_rate")
+        why = f"the policy has lost what it could (reward {highest:.2f} at best, {reward:.2f} now): lower {other}"
+    elif reward is not None and reward > 0.8 * max(highest, 1.0):
         why = f"the prompts have become easy (reward {reward:.2f}): take harder ones, or raise {text}"
-    elif reward is not None and reward < 0.2:
+    elif reward is not None and reward < HARD:
         why = f"the prompts are too hard (reward {reward:.2f}): take easier ones, or raise {text}"
     else:
         why = f"raise {text}, or take prompts of middling difficulty"
@@ -89,6 +98,12 @@ def _tied_groups(run: Run) -> Iterator[Finding]:
         f"In the last {steps} steps {share:.0%} of the groups had equal rewards and taught nothing; {why}.",
         path,
     )
+
+
+def _compares_groups(run: Run) -> bool:
+    known = dict(entries(run.config))
+    parts = [value for path, value in known.items() if path.startswith("advantage.") and path.endswith(".part")]
+    return known.get("rollout.num_generations") != 1 and not any(value in _BEYOND_GROUPS for value in parts)
 
 
 def _entropy(run: Run) -> Iterator[Finding]:
@@ -137,8 +152,9 @@ def _where_entropy_fell(run: Run) -> str:
 
 
 def _clipping(run: Run) -> Iterator[Finding]:
-    if run.finite("clip_ratio/region_mean"):
-        share = run.late("clip_ratio/region_mean")
+    known = next((n for n in ("ratio/clipped", "clip_ratio/region_mean") if run.finite(n)), None)
+    if known is not None:
+        share = run.late(known)
     else:
         low, high = run.late("clip_ratio/low_mean"), run.late("clip_ratio/high_mean")
         share = None if low is None and high is None else (low or 0.0) + (high or 0.0)
@@ -348,12 +364,18 @@ def _reward(run: Run) -> Iterator[Finding]:
         yield Finding(
             Level.PROBLEM, f"The reward fell from {early:.3g} to {late:.3g}: lower {text}, or look at the reward.", path
         )
-    elif late < early + margin:
+    elif late < early + margin and not _lost(run):
         yield Finding(
             Level.NOTE,
             f"The reward hardly moved, from {early:.3g} to {late:.3g}: train longer, or change {text}.",
             path,
         )
+
+
+def _lost(run: Run) -> bool:
+    """Whether hardly anything is left of a reward that was worth something, if only in the first batch."""
+    reward, highest = run.late("reward"), max(run.finite("reward"), default=0.0)
+    return reward is not None and highest >= HARD and reward < LEFT * highest
 
 
 CHECKS = (

@@ -117,7 +117,7 @@ def write(path: str | Path, content: str) -> Path:
         temporary.write_bytes(content.encode("utf-8", "replace"))
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"The page cannot be written ({error.strerror}).", str(path)) from error
+        raise UserError(f"The file cannot be written ({error.strerror}).", str(path)) from error
     return path
 
 

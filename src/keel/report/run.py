@@ -169,9 +169,10 @@ def training_figures(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> list
     }
     terms = {name: name.removeprefix("terms/") for name in sorted(metrics) if name.startswith("terms/")}
     clip = {
-        "clip_ratio/region_mean": "outside the range",
-        "clip_ratio/low_mean": "below",
-        "clip_ratio/high_mean": "above",
+        "ratio/clipped": "in the last update",
+        "clip_ratio/region_mean": "in the first",
+        "clip_ratio/low_mean": "below, in the first",
+        "clip_ratio/high_mean": "above, in the first",
     }
     cut = {"completions/clipped_ratio": "cut off"}
     return [

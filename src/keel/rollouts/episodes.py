@@ -302,7 +302,7 @@ class _Table:
         begun = time.monotonic()
         try:
             return what()
-        except Exception as error:  # the environment is the user's
+        except (Exception, SystemExit) as error:  # the environment is the user's
             said = " ".join(str(error).split())[:_NAMED]
             self.failed[episode.group] = f"{type(error).__name__}: {said}" if said else type(error).__name__
             for other in self.episodes:
@@ -370,13 +370,17 @@ def checked(answer: Any) -> Answer:
 
     Raises:
         TypeError: it is no `Answer`, or a field of it has another type.
-        ValueError: the reward is NaN or infinite.
+        ValueError: the reward is no number, NaN or infinite.
     """
     if not isinstance(answer, Answer):
         raise TypeError(f"step() returned {type(answer).__name__}, not an Answer")
     if not isinstance(answer.text, str):
         raise TypeError(f"the text of an answer is {type(answer.text).__name__}")
-    if isinstance(answer.reward, str) or not math.isfinite(float(answer.reward)):
+    try:
+        reward = math.nan if isinstance(answer.reward, str) else float(answer.reward)
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several numbers
+        reward = math.nan
+    if not math.isfinite(reward):
         raise ValueError(f"the reward of a turn is {answer.reward!r}")
     return answer
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import torch
 
@@ -104,7 +105,8 @@ class Endpoint:
     """A server and a model on it.
 
     Args:
-        base_url: such as http://127.0.0.1:8000/v1; of the environment (OPENAI_BASE_URL) without it.
+        base_url: such as http://127.0.0.1:8000/v1; of the environment (OPENAI_BASE_URL) without it. Without a path it
+            is taken to be /v1.
         served: name of the model on the server; its first one without it.
         dialect: asked of the server without it (`owned_by` in its list of models).
         key: name of the environment variable with the key; local servers need none.
@@ -131,12 +133,9 @@ class Endpoint:
         address = base_url or os.environ.get(ADDRESS)
         if not address:
             raise ConfigError("no server is named", "base_url", f"Give base_url=, or set {ADDRESS}.")
-        if not re.match(r"https?://[^/]", address, re.IGNORECASE):  # the client would try again and again
-            fix = f"It begins with http:// or https://, such as http://127.0.0.1:8000/v1; or set {ADDRESS}."
-            raise ConfigError(f"{address!r} is no address", "server", fix)
         if dialect not in (None, *get_args(Dialect)):
             raise ConfigError(f"must be one of {', '.join(get_args(Dialect))}, not '{dialect}'", "dialect")
-        self.url, self.timeout, self.concurrency = address.rstrip("/"), timeout, concurrency
+        self.url, self.timeout, self.concurrency = _address(address), timeout, concurrency
         self._served, self._dialect = served, dialect
         library = _library()
         self.client = library.OpenAI(
@@ -375,6 +374,19 @@ class OpenAIGenerator:
 def in_order(answer: dict[str, Any]) -> list[dict[str, Any]]:
     """The completions of an answer by their index."""
     return sorted(answer["choices"], key=lambda choice: choice["index"])
+
+
+def _address(text: str) -> str:
+    """With the path that nearly all servers have, where none is given.
+
+    >>> _address("http://127.0.0.1:8000"), _address("https://example.org/api/v1/")
+    ('http://127.0.0.1:8000/v1', 'https://example.org/api/v1')
+    """
+    if not re.match(r"https?://[^/]", text, re.IGNORECASE):  # the client would try again and again
+        fix = f"It begins with http:// or https://, such as http://127.0.0.1:8000/v1; or set {ADDRESS}."
+        raise ConfigError(f"{text!r} is no address", "server", fix)
+    parts = urlsplit(text)
+    return (parts if parts.path.strip("/") else parts._replace(path="/v1")).geturl().rstrip("/")
 
 
 def _library() -> Any:

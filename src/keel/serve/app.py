@@ -9,10 +9,8 @@ It is meant for the machine it runs on: there are no keys, and no host but a loo
 """
 
 import asyncio
-import ipaddress
 import json
 import secrets
-import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -21,13 +19,14 @@ from typing import Any
 
 import torch
 
-from keel.core.errors import KeelError, RunError, UserError
+from keel.core.errors import KeelError, UserError
 from keel.models.language import LanguageModel
 from keel.models.load import is_out_of_memory
 from keel.rollouts.decoding import Prompts
 from keel.rollouts.sampling import Sampling
 from keel.serve.answers import Answer, Chat, Completion
 from keel.serve.engine import Engine, Job
+from keel.serve.listening import address, is_loopback, listen, serve_on
 from keel.serve.requests import ChatRequest, CompletionRequest, Options
 from keel.serve.writing import pieces
 from keel.train.encode import Encoder
@@ -112,18 +111,10 @@ def run_server(
         RunError: the address cannot be listened at.
     """
     check_host(host, allow_remote)
-    library = _library()
-    listening = _listen(host, port)
-    shown = f"[{host}]" if ":" in host else host
+    _check_installed()
+    listening = listen(host, port)
     app = build_app(model, served, None if allow_remote else (host, "localhost", "127.0.0.1", "::1", "[::1]"))
-    config = library.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=PATIENCE)
-    ready(f"http://{shown}:{listening.getsockname()[1]}/v1")
-    try:
-        library.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:
-        pass
-    finally:
-        listening.close()
+    serve_on(listening, app, lambda: ready(f"{address(listening, host)}/v1"), PATIENCE)
 
 
 def check_host(host: str, allow_remote: bool) -> None:
@@ -132,11 +123,7 @@ def check_host(host: str, allow_remote: bool) -> None:
     Raises:
         UserError: it is not a loopback address, and that is not allowed.
     """
-    try:
-        own = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        own = False
-    if not own and not allow_remote:
+    if not is_loopback(host) and not allow_remote:
         raise UserError(
             f"'{host}' can be reached from other machines, and the server asks nobody for a key",
             "--host",
@@ -294,18 +281,9 @@ def _body(message: str, status: int, param: str | None = None, code: str | None 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise RunError(f"cannot listen there ({error})", f"{host}:{port}", "Choose another --port.") from error
-
-
-def _library() -> Any:
+def _check_installed() -> None:
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is not installed", "serve", "pip install 'keel-rl[serve]'") from error
-    return uvicorn

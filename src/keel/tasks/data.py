@@ -158,8 +158,8 @@ def _problems(row: Row) -> Iterator[str]:
     prompt, messages, completion = (row.get(key) for key in _TEXT_COLUMNS)
     if prompt is None and messages is None:
         names = ", ".join(map(repr, row)) or "none"
-        hint = " Pairs are for methods such as dpo." if {"chosen", "rejected"} <= set(row) else _misspelt(row)
-        yield f"neither `prompt` nor `messages`; the columns are {names}.{hint}"
+        hint = ". Pairs are for methods such as dpo." if {"chosen", "rejected"} <= set(row) else _misspelt(row)
+        yield f"neither `prompt` nor `messages`; the columns are {names}{hint}"
     elif prompt is not None and messages is not None:
         yield "both `prompt` and `messages`; keep one"
     if prompt is not None:
@@ -187,8 +187,10 @@ def _problems(row: Row) -> Iterator[str]:
 
 
 def _misspelt(row: Row) -> str:
+    if "prompt" in row or "messages" in row:
+        return ", where there is nothing"
     hints = {key: nearest(key, ("prompt", "messages")) for key in row if isinstance(key, str)}
-    return next((f" For {key!r}:{hint}" for key, hint in hints.items() if hint), "")
+    return next((f". For {key!r}:{hint}" for key, hint in hints.items() if hint), ".")
 
 
 # Splitting

@@ -117,15 +117,23 @@ def _own(name: str, options: dict[str, Any]) -> Task:
     return found
 
 
+def _signature(make: Any) -> inspect.Signature | None:
+    """What it takes; None of a built-in class that does not tell, whose call says what is wrong."""
+    try:
+        return inspect.signature(make)
+    except ValueError:
+        return None
+
+
 def _built(make: Any, name: str, options: dict[str, Any]) -> Any:
     """What a class or function of one's own gives, its options checked before it runs."""
-    try:
-        inspect.signature(make).bind(**options)
-    except TypeError as error:
-        takes = ", ".join(map(str, inspect.signature(make).parameters.values())) or "nothing"
-        raise ConfigError(f"its options do not fit: {error}.", f"task {name}", f"It takes {takes}.") from error
-    except ValueError:
-        pass  # no signature is known of some built-in classes; the call itself says what is wrong
+    signature = _signature(make)
+    if signature is not None:
+        try:
+            signature.bind(**options)
+        except TypeError as error:
+            takes = ", ".join(map(str, signature.parameters.values())) or "nothing"
+            raise ConfigError(f"its options do not fit: {error}.", f"task {name}", f"It takes {takes}.") from error
     try:
         return make(**options)
     except UserError:

@@ -188,6 +188,8 @@ def resolve(request: Request, task: Task | None = None) -> Configuration:
         if section in SECTIONS and name:
             values[section].setdefault(name, value)
     parsed = {name: parse(SECTIONS[name], values[name], name) for name in SECTIONS}
+    if task is not None:  # before it is known, its own number of prompts is not
+        _check_updates(method, parsed["train"])
     recipe = known.name if known is not None else None
     seed = request.seed if request.seed is not None else file.get("seed", 0)
     name = request.name or file.get("name") or recipe or "run"
@@ -256,6 +258,8 @@ def _sorted_values(request: Request, known: Recipe | None) -> tuple[dict[str, An
             paths[SAMPLER] = value
         elif key in (*SECTIONS, *_SLOTS):
             raise ConfigError("is a whole section or slot", key, f"Name what to set in it, such as {key}.NAME=VALUE.")
+        elif key in ("seed", "name"):
+            raise ConfigError("is no setting", key, f"Give it as --{key}.")
         elif key not in TrainSettings.model_fields:
             choices = [*arguments, *TrainSettings.model_fields, *_SLOTS]
             raise ConfigError(
@@ -396,6 +400,19 @@ def _check_chains(method: Method) -> None:
         for name, item in getattr(method, slot).items():
             if not isinstance(name, str) or not (is_part(item) or (slot == "rewards" and isinstance(item, str))):
                 raise ConfigError(f"must be a part (got {item!r})", f"{slot}.{name}", "For example {part: NAME, ...}.")
+
+
+def _check_updates(method: Method, train: TrainSettings) -> None:
+    """An optimiser step takes whole groups, at least one."""
+    draws = method.rollout is not None and method.kind in ("online", "distillation")
+    groups = method.rollout.num_prompts if draws and method.rollout is not None else train.batch_size
+    if train.num_minibatches > groups:
+        setting, what = ("rollout.num_prompts", "groups") if draws else ("train.batch_size", "groups or rows")
+        raise ConfigError(
+            f"{train.num_minibatches} optimiser steps are more than the {groups} {what} of a batch",
+            "train.num_minibatches",
+            f"Lower it, or raise {setting}.",
+        )
 
 
 def _check_name(name: str) -> None:

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
 
 from keel.core.errors import ConfigError, nearest
 from keel.models.language import LanguageModel
 from keel.models.load import outline
 from keel.rollouts.chain import LocalChain
 from keel.rollouts.local import LocalGenerator
-from keel.rollouts.openai import ADDRESS, Endpoint, OpenAIGenerator, Vocabulary
+from keel.rollouts.openai import Endpoint, OpenAIGenerator, Vocabulary
 from keel.rollouts.openai_chain import OpenAIChain
 from keel.rollouts.sampling import Generator, Sampling
 from keel.rollouts.steps import StepChain
@@ -127,21 +126,9 @@ def open_engine(
 def _endpoint(server: Any, model: Any) -> Endpoint:
     if isinstance(server, Endpoint):
         return server
-    found = Endpoint(None if server is None else _address(str(server)))
+    found = Endpoint(None if server is None else str(server))
     found.prefer(TINY if model is None else str(model) if isinstance(model, str | Path) else IN_MEMORY)
     return found
-
-
-def _address(text: str) -> str:
-    """With the path that nearly all servers have, where none is given.
-
-    >>> _address("http://127.0.0.1:8000"), _address("https://example.org/api/v1/")
-    ('http://127.0.0.1:8000/v1', 'https://example.org/api/v1/')
-    """
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ConfigError(f"{text!r} is no address", "server", f"For example http://127.0.0.1:8000; or set {ADDRESS}.")
-    return parts._replace(path="/v1").geturl() if parts.path in ("", "/") else text
 
 
 def _vocabulary(model: Any, task: Task, tokenizer: Any, report: Reporter) -> Vocabulary:

@@ -42,7 +42,7 @@ from keel.train.measure import measure_policy
 from keel.train.online import run
 from keel.train.reward_model import check_reward_model, measure_reward_model, write_reward_model
 from keel.train.session import Reporter, Session, build_session, reward_functions, silent
-from keel.train.setup import IN_MEMORY, Setup, check_rewards, load_model
+from keel.train.setup import IN_MEMORY, Setup, check_reward_count, check_rewards, load_model
 from keel.train.strengths import measure_strengths
 from keel.train.tracking import check_trackers, tracked
 from keel.train.watch import Watch
@@ -199,6 +199,8 @@ def _open(setup: Setup, path: Path, store: Store, resume: bool, report: Reporter
     session = build_session(
         config, setup.task, policy, setup.rewards, initial if checkpoint is not None else None, setup.preferences
     )
+    if config.method.kind == "online":
+        check_reward_count(config.method, session.rewards)
     if config.method.kind == "reward":
         check_reward_model(config.method, policy)
     session.path, session.store, session.report = path, store, report

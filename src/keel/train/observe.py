@@ -13,6 +13,7 @@ from keel.core.config import get_path
 from keel.core.rows import Rows, Stop
 from keel.divergences.estimators import estimate
 from keel.parts.replay.streams import Selection, split
+from keel.parts.rewards.transforms import summed
 from keel.statistics.functionals import Divergence, Entropy, LogProb
 from keel.statistics.stats import Stats
 from keel.statistics.transforms import Temperature, chain
@@ -25,12 +26,11 @@ GROUPS_STORED = 2
 HIDDEN = "hidden/"  # prefix of the columns of functions that are measured only: no part looks for it
 
 
-def rollout_metrics(rows: Rows, rewards: Mapping[str, Any]) -> dict[str, float]:
+def rollout_metrics(rows: Rows, rewards: Mapping[str, Any], transforms: Mapping[str, Any]) -> dict[str, float]:
     """What can be said of a scored batch before any model looks at it."""
-    assert rows.reward is not None
     main = rows.select(rows.main)
+    total = summed(main, transforms)
     assert main.reward is not None
-    total = torch.nansum(main.reward, 1)
     scored = ~main.reward.isnan().all(1)
     weight = main.weight * scored
     groups = Groups.of(main, scored)

@@ -10,9 +10,10 @@ Data from files enters after the rollout: its rows come from `given_batch` (give
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from keel.core.rows import Rows, Stream, cat
 from keel.models.heads import follow
 from keel.models.load import frozen_copy, is_out_of_memory, out_of_memory
 from keel.parts.rewards.score import Scores, score
+from keel.parts.rewards.transforms import summed
+from keel.parts.terms.surrogate import CISPO
 from keel.rollouts.episodes import Played
 from keel.statistics.functionals import Entropy, Functional, LogProb
 from keel.statistics.stats import Stats
@@ -53,7 +56,7 @@ from keel.train.symptoms import ratio_metrics
 from keel.train.watch import Watch
 
 PATIENCE = 3  # skipped updates in a row that end a run
-UNREWARDED = "unrewarded"  # what is told once
+UNREWARDED, FEWER = "unrewarded", "fewer updates"  # what is told once
 
 
 def run(session: Session) -> None:
@@ -124,7 +127,7 @@ def rollout_batch(session: Session) -> Batch:
         metrics = {name: metrics.get(name, 0.0) + value for name, value in round_metrics.items()}
         keep = ~failed
         if train.dynamic_sampling:
-            keep &= ~tied_rows(rows)
+            keep &= ~tied_rows(rows, session.method.transforms)
         if bool((keep & rows.main).any()):
             kept = rows.select(keep)
             ids, place = kept.group.unique(return_inverse=True)
@@ -137,7 +140,8 @@ def rollout_batch(session: Session) -> Batch:
         raise TrainingError(
             f"no usable group in {rounds} rounds",
             "rollout",
-            "Every group was tied or its reward function failed; see rewards/NAME/errors.",
+            f"In every group {'all rewards were tied, or ' if train.dynamic_sampling else ''}"
+            "a reward function, judge or environment failed; see rewards/NAME/errors and the warnings.",
         )
     rows = cat(found).trim()
     if groups < rollout.num_prompts:
@@ -146,7 +150,7 @@ def rollout_batch(session: Session) -> Batch:
         )
     session.position.tokens += tokens_drawn(rows)
     metrics["rounds"] = float(rounds)
-    return Batch(rows, Stats(), metrics | rollout_metrics(rows, session.rewards), texts)
+    return Batch(rows, Stats(), metrics | rollout_metrics(rows, session.rewards, session.method.transforms), texts)
 
 
 def score_round(
@@ -221,12 +225,12 @@ def _check_scored(session: Session, scores: Scores) -> None:
         session.report("warning", {"text": f"{text} (said once)"})
 
 
-def tied_rows(rows: Rows) -> Tensor:
-    """Rows of groups whose main rows all have the same rewards; a group without any is none of these."""
+def tied_rows(rows: Rows, transforms: Mapping[str, Any]) -> Tensor:
+    """Rows of groups whose main rows have the same reward, so far as they have any; not those without a main row."""
     assert rows.reward is not None
-    total = torch.nansum(rows.reward, 1)
-    groups = Groups.of(rows)
-    return groups.broadcast(groups.tied(total) & (groups.sum(groups.weight) > 0))
+    total = summed(rows, transforms)
+    groups = Groups.of(rows, ~rows.reward.isnan().all(1))
+    return groups.broadcast(groups.tied(total) & (groups.sum(rows.weight * rows.main) > 0))
 
 
 # -- update ----------------------------------------------------------------------------------------------------------
@@ -241,7 +245,13 @@ def update(session: Session, batch: Batch) -> dict[str, float]:
     scales: list[float] = []
     number = 0
     for iteration in range(train.num_iterations):
-        for index in minibatches(session, batch.rows, iteration):
+        parts = minibatches(session, batch.rows, iteration)
+        if len(parts) < train.num_minibatches and FEWER not in session.told:
+            session.told.add(FEWER)
+            made = f"{len(parts)} of {train.num_minibatches} updates are made (train.num_minibatches)"
+            text = f"step {session.position.step}: {made}, for no more groups are usable (said once)"
+            session.report("warning", {"text": text})
+        for index in parts:
             rows, frozen = batch.rows.select(index), batch.frozen.select(index)
             counter = (session.config.seed, session.position.step, number)
             with explained_memory(), ahead(session, rows, number) as moved:
@@ -281,16 +291,22 @@ def update(session: Session, batch: Batch) -> dict[str, float]:
 
 @torch.no_grad()
 def last_ratios(session: Session, rows: Rows, stats: Stats) -> dict[str, float]:
-    """How far the last update of a batch is from the policy that drew it."""
-    assert session.method.surrogate is not None
-    found = ratio_metrics(rows, session.method.surrogate.log_ratio(rows, stats))
+    """How far the last update of a batch is from the policy that drew it, and what share of its tokens a clip silences.
+
+    The first update sees a policy that has not moved yet, and nothing of either.
+    """
+    surrogate = session.method.surrogate
+    assert surrogate is not None
+    found = ratio_metrics(rows, surrogate.log_ratio(rows, stats))
+    if hasattr(surrogate.f, "bounds") and not isinstance(surrogate.f, CISPO):  # under which every token has a gradient
+        found["ratio/clipped"] = surrogate.metrics(rows, stats)["clip_ratio/region_mean"]
     return {name: float(value) for name, value in found.items()}
 
 
 def minibatches(session: Session, rows: Rows, iteration: int) -> list[Tensor]:
     """Rows of each optimiser step: whole groups, in an order that the seed decides; baseline rows are left out.
 
-    Replayed groups, and the rows of a regulariser, are spread evenly over the steps.
+    Groups, replayed ones too, and the rows of a regulariser are spread evenly over the steps.
     """
     train = session.config.train
     regular = (rows.stream == int(Stream.REGULARISER)).nonzero().flatten()
@@ -300,7 +316,7 @@ def minibatches(session: Session, rows: Rows, iteration: int) -> list[Tensor]:
     ids = rows.group[main].unique()
     chance = generator(session.config.seed, "minibatches", session.position.step, iteration)
     order = ids[torch.randperm(len(ids), generator=chance).to(ids.device)]
-    parts = order.chunk(min(train.num_minibatches, len(order)))
+    parts = order.tensor_split(min(train.num_minibatches, len(order)))
     mains = [main[torch.isin(rows.group[main], part)] for part in parts]
     old = [again[torch.isin(rows.group[again], part)] for part in rows.group[again].unique().tensor_split(len(mains))]
     return [torch.cat(all_) for all_ in zip(mains, old, regular.tensor_split(len(mains)), strict=True)]

@@ -36,5 +36,5 @@ def step_within(session: "Session", rows: Rows, norm: Tensor) -> float:
     if scale < 1:
         with torch.no_grad():
             for p, old in zip(moved, before, strict=True):
-                p.copy_(torch.lerp(old, p, scale))
+                p.copy_(torch.lerp(old, p, scale) if scale > 0 else old)  # p may not be finite
     return scale

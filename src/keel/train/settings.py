@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from keel.core.config import problem
 from keel.core.errors import ConfigError, nearest
 
 
@@ -83,7 +84,7 @@ class TrainSettings(Section):
             which is nearest, in steps, tokens or seconds.
         lr_final: share of the learning rate at the end of a schedule.
         max_grad_norm: gradients are scaled down to this norm; None is off.
-        num_minibatches: optimiser steps in one pass over a batch.
+        num_minibatches: optimiser steps in one pass over a batch, each of whole groups.
         num_iterations: passes over a batch.
         batch_size: rows a step, for data from files.
         max_tokens: tokens of a micro-batch, padding included; None takes 16384, and on a CPU, where small ones are
@@ -188,4 +189,4 @@ def parse(section: type[Section], values: Mapping[str, Any], where: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{first['msg']} (got {first.get('input')!r})", f"{where}.{key}") from None
+        raise ConfigError(f"{problem(first)} (got {first.get('input')!r})", f"{where}.{key}") from None

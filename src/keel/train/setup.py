@@ -14,15 +14,17 @@ from keel.models.adapters import LoRA
 from keel.models.language import LanguageModel
 from keel.models.load import load
 from keel.models.sources import Pretrained
+from keel.parts.rewards.components import KeepComponents
 from keel.parts.rewards.named import reward_name
 from keel.parts.rewards.stored_teacher import StoredTeacher, stored
+from keel.parts.rewards.transforms import WeightedSum
 from keel.tasks.data import DataTask, load_data
 from keel.tasks.load import load_task
 from keel.tasks.mixture import sources_of
 from keel.tasks.preference_data import load_preferences, prompts_of
 from keel.tasks.preferences import Kind, Preferences
 from keel.tasks.repeats import with_options
-from keel.tasks.task import Task
+from keel.tasks.task import Task, completion_text
 from keel.train.base import ensure_base
 from keel.train.checkpoint import newest_sound
 from keel.train.comparisons import built_in_preferences
@@ -100,6 +102,7 @@ def prepare_setup(
     source: Any = model if resolved.model.path == IN_MEMORY else resolved.model.path
     if resolved.model.path == TINY:
         source = ensure_base(_base_task(loaded), report=report)
+        _tell_unread(loaded, report)
     if reads is not None and preferences is None:
         preferences = built_in_preferences(loaded, reads, report=report)
     if preferences is not None:
@@ -119,6 +122,9 @@ def open_task(settings: TaskSettings, data: Any, seed: int) -> Task:
         if sources_of(given) is not None:
             raise ConfigError("several data sets are mixed for methods that compare completions, such as dpo", "data")
         return with_options(load_data(given, settings.held_out, seed), settings.options)
+    if settings.held_out != TaskSettings.model_fields["held_out"].default:
+        fix = "A built-in one that has a choice takes it as task.options.held_out."
+        raise ConfigError("is for data of one's own: a task has its own held-out prompts", "task.held_out", fix)
     return load_task(settings.name or DEFAULT_TASK, **settings.options)
 
 
@@ -155,6 +161,25 @@ def check_rewards(setup: Setup) -> None:
     for function in reward_functions(settings, setup.task, setup.rewards).values():
         if (close := getattr(function, "close", None)) is not None:
             close()
+
+
+def check_reward_count(method: Method, rewards: Mapping[str, Any]) -> None:
+    """Refuse one number for each reward function where there are more functions, or fewer.
+
+    Raises:
+        ConfigError: weights of their sum, or thresholds, of another number.
+    """
+    kept = any(isinstance(item, KeepComponents) for item in method.transforms.values())
+    which = f"{len(rewards)} reward function{'s' * (len(rewards) != 1)} ({', '.join(rewards)})"
+    fix = "Give one for each function, in their order"
+    for name, item in method.transforms.items():
+        if isinstance(item, WeightedSum) and item.weights is not None and len(item.weights) != len(rewards):
+            raise ConfigError(f"{len(item.weights)} weights for {which}", f"transforms.{name}.weights", f"{fix}.")
+    for name, item in method.controllers.items():
+        thresholds = getattr(item, "thresholds", None)
+        if thresholds is not None and len(thresholds) != (len(rewards) if kept else 1):
+            what, where = f"{len(thresholds)} thresholds for {which}", f"controllers.{name}.thresholds"
+            raise ConfigError(what, where, f"{fix}, or a single one for their sum.")
 
 
 def load_model(
@@ -262,6 +287,24 @@ def _base_task(task: Task) -> Task:
     if isinstance(task, DataTask):
         return load_task(DEFAULT_TASK)
     return task.base_task() if hasattr(task, "base_task") else task
+
+
+def _tell_unread(task: Task, report: Reporter) -> None:
+    """Of one's own data, the characters that are none of the built-in model's."""
+    if not isinstance(task, DataTask):
+        return
+    known = set(_base_task(task).characters or "")
+    texts = [
+        e.prompt if isinstance(e.prompt, str) else "".join(map(completion_text, ([m] for m in e.prompt)))
+        for e in task.train
+    ]
+    strange = [found for text in texts if (found := set(text) - known)]
+    if strange:
+        some = ", ".join(map(repr, sorted(set.union(*strange))[:5]))
+        what = (
+            f"{len(strange)} of {len(texts)} prompts have characters that the built-in model does not know ({some} ...)"
+        )
+        report("warning", {"text": f"{what} and reads as one and the same: give --model with a folder or a hub name"})
 
 
 def _named_data(data: Any) -> str | dict[str, float]:

@@ -204,6 +204,10 @@ def _rollout(reader: _Reader, out: dict[str, Any], group: int) -> int:
     out |= {"rollout.top_k": top_k} if top_k else {}
     out |= {"rollout.min_p": min_p} if min_p else {}
     minibatches = max(1, steps // accumulation)
+    if minibatches > out["rollout.num_prompts"]:
+        what = f"{minibatches} updates of {out['rollout.num_prompts']} groups: Keel keeps a group whole"
+        reader.lose("steps_per_generation", f"{what}; rollout.num_prompts can be raised")
+        minibatches = out["rollout.num_prompts"]
     if minibatches > 1:
         out["train.num_minibatches"] = minibatches
     iterations = int(reader.take("num_iterations", 1))

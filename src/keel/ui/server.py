@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from keel.core.errors import RunError, UserError
+from keel.core.errors import UserError
+from keel.serve.listening import address, is_loopback, listen, serve_on
+
+PATIENCE = 2  # seconds that requests get to end when the server does
 
 
 def run_ui(
@@ -28,7 +29,7 @@ def run_ui(
     """
     check_loopback(host)
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from keel.ui.app import create_app
         from keel.ui.warming import begin_warming
@@ -37,17 +38,9 @@ def run_ui(
             raise
         raise UserError(f"{error.name} is not installed", "ui", "pip install 'keel-rl[ui]'") from error
     app = create_app(runs)
-    listening = _listen(host, port)
-    shown = f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    listening = listen(host, port)
     begin_warming()
-    ready(f"http://{shown}:{listening.getsockname()[1]}/")
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:
-        pass
-    finally:
-        listening.close()
+    serve_on(listening, app, lambda: ready(f"{address(listening, host)}/"), PATIENCE)
 
 
 def check_loopback(host: str) -> None:
@@ -56,21 +49,9 @@ def check_loopback(host: str) -> None:
     Raises:
         UserError: it is not a loopback address.
     """
-    try:
-        own = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        own = False
-    if not own:
+    if not is_loopback(host):
         raise UserError(
             f"'{host}' can be reached from other machines, and the pages ask nobody for a key",
             "--host",
             "Take 127.0.0.1; from elsewhere a tunnel leads here: ssh -L 8765:127.0.0.1:8765 MACHINE.",
         )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise RunError(f"cannot listen there ({error})", f"{host}:{port}", "Choose another --port.") from error

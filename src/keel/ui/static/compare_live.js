@@ -58,14 +58,5 @@
     return true;
   }
 
-  async function go() {
-    let on = true;
-    try {
-      on = await ask();
-    } catch {
-      words.textContent = "The server does not answer; trying again.";
-    }
-    if (on) setTimeout(go, EVERY);
-  }
-  setTimeout(go, EVERY);
+  window.keepAsking(ask, EVERY, words);
 })();
