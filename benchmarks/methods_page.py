@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -291,7 +292,7 @@ def _signed(found: Interval) -> str:
 
 # -- the picture -----------------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, NAMED = 920, 520, 12
+WIDTH, HEIGHT, NAMED = 920, 520, 18
 
 
 def picture(evidence: Evidence, names: Sequence[str]) -> str:
@@ -304,12 +305,13 @@ def picture(evidence: Evidence, names: Sequence[str]) -> str:
     if not arms:
         raise ValueError("there is no finished cell to draw")
     points = [(arm, evidence.measure(arm, "pass@1").value, evidence.measure(arm, "pass@16").value) for arm in arms]
+    points, lost = collapsed(points)
     across, up = [x for _, x, _ in points], [y for _, _, y in points]
     colours = THEMES["light"]
     panel = Panel(76.0, 896.0, _range(across), _range(up), top=66.0, bottom=HEIGHT - 70.0)
     first, last = (math.ceil(20 * panel.x_range[0]), math.floor(20 * panel.x_range[1]))
     ticks = [(n / 20, f"{n / 20:.0%}") for n in range(first, last + 1)]
-    said = "; ".join(f"{arm.recipe}: {x:.3f}, {y:.3f}" for arm, x, y in points)
+    said = "; ".join(f"{arm.recipe}: {x:.3f}, {y:.3f}" for arm, x, y in [*points, *lost])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'role="img" aria-labelledby="title description" font-family="{escape(FONT)}" font-size="12">',
@@ -318,6 +320,10 @@ def picture(evidence: Evidence, names: Sequence[str]) -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="12" fill="{colours["surface"]}"/>',
         *frame(panel, "One try against sixteen", "pass@1", "pass@16", ticks, colours),
     ]
+    if lost:
+        names_lost = ", ".join(f"{arm.recipe} ({x:.0%}, {y:.0%})" for arm, x, y in lost)
+        note = f"Off the picture, below half of what is usual: {names_lost}"
+        parts.append(f'<text x="76" y="52" fill="{colours["muted"]}">{escape(note)}</text>')
     labelled, dots = edge(points), [(panel.x(x), panel.y(y)) for _, x, y in points]
     taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
     for arm, x, y in points:
@@ -325,36 +331,59 @@ def picture(evidence: Evidence, names: Sequence[str]) -> str:
         shape = "square" if arm.recipe in ("base", "grpo") else "circle"
         parts.append(mark(panel.x(x), panel.y(y), Look(colour, "solid", shape), colours, 4.5))
         if arm in labelled:
-            at, anchor = place(arm.recipe, panel.x(x), panel.y(y), taken)
+            name = ", ".join(other.recipe for other, *where in points if where == [x, y])
+            at, anchor, end = place(name, panel.x(x), panel.y(y), taken)
+            if end is not None:
+                ends = f'x1="{panel.x(x):.1f}" y1="{panel.y(y):.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"'
+                parts.append(f'<line {ends} stroke="{colours["muted"]}" stroke-width="0.7"/>')
             where = f'x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{anchor}"'
-            parts.append(f'<text {where} fill="{colours["ink"]}">{escape(arm.recipe)}</text>')
+            parts.append(f'<text {where} fill="{colours["ink"]}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+Point = tuple[Arm, float, float]
+
+
+def collapsed(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
+    """The points, and apart those below half of the median on an axis, beside which the others would be one dot."""
+    middle = [statistics.median(p[axis] for p in points) for axis in (1, 2)]
+    lost = [p for p in points if p[1] < middle[0] / 2 or p[2] < middle[1] / 2]
+    return [p for p in points if p not in lost], lost
+
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Place = tuple[float, float]
 
 
-def place(text: str, x: float, y: float, taken: list[Box]) -> tuple[tuple[float, float], str]:
-    """Where the name of a point goes: the first side on which it covers nothing, or as little as may be."""
+def place(text: str, x: float, y: float, taken: list[Box]) -> tuple[Place, str, Place | None]:
+    """Where the name of a point goes, how it is anchored, and where a line to it ends if it is not beside the point.
+
+    Of the nearest places, that which covers nothing, or as little as may be.
+    """
     width, best = 7.0 * len(text), None
-    for dx, dy, anchor in ((8, 4, "start"), (-8, 4, "end"), (0, -9, "middle"), (0, 18, "middle"), (8, -8, "start")):
-        left = x + dx - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
-        box = (left, y + dy - 10, left + width, y + dy + 2)
-        covered = sum(
-            max(0.0, min(box[2], b[2]) - max(box[0], b[0])) * max(0.0, min(box[3], b[3]) - max(box[1], b[1]))
-            for b in taken
-        )
-        outside = max(0.0, 60 - box[0]) + max(0.0, box[2] - WIDTH + 4)
-        cost = covered + 100 * outside
-        if best is None or cost < best[0]:
-            best = (cost, (x + dx, y + dy), anchor, box)
+    for far in (0, 14, 28, 44, 62, 84):
+        for across, down in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)):
+            anchor = {1: "start", 0: "middle", -1: "end"}[across]
+            end = (x + across * (5 + far), y + down * (5 + far))
+            at = (end[0] + 3 * across, end[1] + 4 + 7 * down)
+            left = at[0] - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
+            box = (left, at[1] - 11, left + width, at[1] + 3)
+            covered = sum(
+                max(0.0, min(box[2], b[2]) - max(box[0], b[0])) * max(0.0, min(box[3], b[3]) - max(box[1], b[1]))
+                for b in taken
+            )
+            outside = max(0.0, 80 - box[0]) + max(0.0, box[2] - WIDTH + 4) + max(0.0, 68 - box[1])
+            cost = covered + 100 * outside + 0.3 * far
+            if best is None or cost < best[0]:
+                best = (cost, at, anchor, end if far else None, box)
     assert best is not None
-    taken.append(best[3])
-    return best[1], best[2]
+    taken.append(best[4])
+    return best[1], best[2], best[3]
 
 
-def edge(points: Sequence[tuple[Arm, float, float]]) -> list[Arm]:
-    """Base, grpo, those that no other beats on both axes, and the last on each."""
+def edge(points: Sequence[Point]) -> list[Arm]:
+    """Base, grpo, those that no other beats on both axes, and the last on each; of several in one place the first."""
+    points = list({p[1:]: p for p in reversed(points)}.values())[::-1]
     best = [p for p in points if not any(q[1] >= p[1] and q[2] >= p[2] and q != p for q in points)]
     ends = [min(points, key=lambda p: p[1]), min(points, key=lambda p: p[2])]
     fixed = [p for p in points if p[0].recipe in ("base", "grpo")]

@@ -193,10 +193,11 @@ def write(result: Result, folder: Path = FOLDER) -> None:
 
 
 @contextlib.contextmanager
-def claimed(cell: Cell, folder: Path = FOLDER) -> Iterator[bool]:
-    """Whether this process may run the cell: no other is at it. One lock file serves all, a byte for each cell."""
+def claimed(what: Cell | str, folder: Path = FOLDER) -> Iterator[bool]:
+    """Whether this process may do what is named: no other is at it. One lock file serves all, a byte for each name."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = int(key(cell)[:7], 16)
+    name = what if isinstance(what, str) else key(what)
+    place = int(hashlib.blake2b(name.encode()).hexdigest()[:7], 16)
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Cell, checksum_of, machine, run_cell
+from benchmarks.cells import BASE, Cell, checksum_of, machine, run_cell
 from benchmarks.results import FOLDER, FRESH, MISSING, STALE, Code, Result, claimed, code_of, state_of, stored, write
 from keel.core.errors import KeelError
 
 SECONDS = 25.0  # of a cell of which nothing is known
-VOUCHERS = 3  # stale cells that are run again for each change
+VOUCHERS = 1  # stale cells that are run again for each change; those of the engine are met by many
 Told = Callable[[str], None]
 
 
@@ -116,52 +116,101 @@ def vouch(
     count: int = VOUCHERS,
     run: Callable[[Cell], Mapping[str, Any]] = run_cell,
 ) -> Counter:
-    """Run a few of the stale cells again; where all their numbers are the same, the others of that change are fresh.
+    """Run a few of the stale cells again; where their numbers are the same, others of the same changes are fresh.
 
-    Cells are stale by the same change if the same digests went from the same value to the same value. Of every task
-    that is among them at least one is run.
+    A change is a digest that went from one value to another. A cell is vouched for if each of its changes was met by
+    `count` cells that were run again with the same numbers, or by all there are, and one of these was on its task.
+    A change with which the numbers differed vouches for nothing. Several processes at once share the work.
     """
+    done: Counter = Counter()
+    for change in _stale_by_change(cells, folder):
+        with claimed(f"{change}", folder) as mine:
+            if mine and (stale := _stale_by_change(cells, folder).get(change)):  # again: others were at it
+                done += _vouch_for(stale, change, cells, told, folder, count, run)
+    return done
+
+
+def _stale_by_change(cells: Sequence[Cell], folder: Path) -> dict[Change, list[Result]]:
     groups: dict[Change, list[Result]] = {}
     for cell in cells:
         found = stored(cell, folder)
         if found is not None and (code := code_of(cell)) != found.code and not found.error:
             groups.setdefault(change_of(found.code, code), []).append(found)
+    return groups
+
+
+def _vouch_for(
+    stale: Sequence[Result],
+    change: Change,
+    cells: Sequence[Cell],
+    told: Told,
+    folder: Path,
+    count: int,
+    run: Callable[[Cell], Mapping[str, Any]],
+) -> Counter:
+    """Run what is lacking for one set of changes; then the others of it are fresh."""
     done: Counter = Counter()
-    for change, stale in groups.items():
-        chosen = vouchers(stale, count)
-        same = []
-        for one in chosen:
-            again = run(one.cell)
-            code = code_of(one.cell)
-            fresh = replace(
-                one, code=code, numbers=again["numbers"], times=again["times"], machine=again["machine"], vouched=None
-            )
-            write(fresh, folder)
-            same.append(again["numbers"] == one.numbers)
-            done["run"] += 1
-            told(f"{one.cell.label}: {'the same numbers' if same[-1] else 'OTHER numbers'}")
-            if not same[-1]:
-                break
-        if not all(same):
-            done["stale"] += len(stale) - len(same)
+    met, spoilt = witnesses(cells, folder)
+    changed = [list(entry) for entry in change]
+    for one in spread(stale, count):
+        if spoilt & set(change) or not _lacks(one.cell.task, change, met, count):
             continue
-        names = [one.cell.label for one in chosen]
-        for one in stale:
-            if one not in chosen:
-                by = {"by": names, "changed": [list(entry) for entry in change]}
-                write(replace(one, code=code_of(one.cell), vouched=by), folder)
-                done["vouched"] += 1
+        again = run(one.cell)
+        same = again["numbers"] == one.numbers
+        rarest = min(len(met.get(entry, ())) for entry in change)  # what hardly another has is what made the difference
+        differs = [list(entry) for entry in change if len(met.get(entry, ())) == rarest]
+        known = {"by": [one.cell.label], "changed": changed} if same else {"by": [], "changed": differs}
+        code, numbers, times = code_of(one.cell), again["numbers"], again["times"]
+        fresh = replace(one, code=code, numbers=numbers, times=times, machine=again["machine"], vouched=known)
+        write(fresh, folder)
+        done["run"] += 1
+        told(f"{one.cell.label}: {'the same numbers' if same else 'OTHER numbers'}")
+        met, spoilt = witnesses(cells, folder)
+    for one in stale:
+        if stored(one.cell, folder).code == code_of(one.cell):  # type: ignore[union-attr]
+            continue
+        if spoilt & set(change):
+            done["stale"] += 1
+            continue
+        names = sorted({label for entry in change for label, _ in met[entry][:count]})
+        write(replace(one, code=code_of(one.cell), vouched={"by": names, "changed": changed}), folder)
+        done["vouched"] += 1
     return done
 
 
-def vouchers(stale: Sequence[Result], count: int) -> list[Result]:
-    """A few of the cells, spread over the list, at least one of each task."""
+def witnesses(cells: Sequence[Cell], folder: Path) -> tuple[dict[tuple[str, ...], list[tuple[str, str]]], set]:
+    """Who was run again with which changes and had the same numbers, by label and task; and what made them differ.
+
+    The base is no witness: it trains nothing.
+    """
+    met: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    spoilt = set()
+    for cell in cells:
+        found = stored(cell, folder)
+        if found is None or found.vouched is None:
+            continue
+        for entry in map(tuple, found.vouched["changed"]):
+            if not found.vouched["by"]:
+                spoilt.add(entry)
+            elif found.vouched["by"] == [cell.label] and cell.recipe != BASE:
+                met.setdefault(entry, []).append((cell.label, cell.task))
+    return met, spoilt
+
+
+def _lacks(task: str, change: Change, met: Mapping[tuple[str, ...], list[tuple[str, str]]], count: int) -> bool:
+    everywhere = all(len(met.get(entry, ())) >= count for entry in change)
+    return not everywhere or all(task not in {on for _, on in met[entry]} for entry in change)
+
+
+def spread(stale: Sequence[Result], count: int) -> list[Result]:
+    """The cells, the first of them spread over the list, then one of each task, then the others."""
+    stale = sorted(stale, key=lambda one: one.cell.recipe == BASE)  # which can vouch for nothing
     step = max(1, len(stale) // max(count, 1))
-    chosen = list(stale[::step][:count])
+    first = list(stale[::step][:count])
     for task in dict.fromkeys(one.cell.task for one in stale):
-        if task not in {one.cell.task for one in chosen}:
-            chosen.append(next(one for one in stale if one.cell.task == task))
-    return chosen
+        if task not in {one.cell.task for one in first}:
+            first.append(next(one for one in stale if one.cell.task == task))
+    return [*first, *(one for one in stale if one not in first)]
 
 
 def summary(cells: Sequence[Cell], folder: Path = FOLDER) -> list[str]:
