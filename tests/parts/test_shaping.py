@@ -70,8 +70,12 @@ def test_ranks_of_enumerated_rows_are_probabilities():
     torch.testing.assert_close(found, 1 - torch.tensor([0.6, 0.35, 0.15, 0.05, 0.0], dtype=torch.float64))
 
 
-def test_updates_a_batch():
-    assert recipe_named("unlikeliness").preset == {"train.num_iterations": 2}
+def test_published_settings():
+    unlikeliness = recipe_named("unlikeliness")
+    assert unlikeliness.preset == {"train.num_iterations": 2} and unlikeliness().rollout.num_generations == 32
+    assert unlikeliness().terms == recipe_named("grpo")(beta=0.1).terms
+    assert not unlikeliness(beta=0.0).terms
+    assert recipe_named("ares").preset == {"train.dynamic_sampling": True}
 
 
 # -- preference as reward --------------------------------------------------------------------------------------------

@@ -438,10 +438,9 @@ def test_published_settings():
     assert recipe_named("clip_cov")(epsilon_high=0.3).weights["clip_cov"].epsilon_high == 0.3
     assert recipe_named("lp_reg")().surrogate.f == Clipped(1.0, 9.0, 10.0)
     assert recipe_named("gtpo")().aggregation.mode == "sequence_mean_token_mean"
-    assert (
-        recipe_named("hapo").preset == {"train.dynamic_sampling": True}
-        and "overlong" in recipe_named("hapo")().transforms
-    )
+    assert recipe_named("hapo").preset == {"train.dynamic_sampling": True}
+    punished = {n: recipe_named(n)(max_completion_length=10240).transforms["overlong"] for n in ("hapo", "dapo")}
+    assert punished["hapo"].cache == 4096 and punished["dapo"].cache == 2048
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import math
 import sys
 
 import numpy as np
@@ -12,7 +11,6 @@ from keel.parts.rewards.functions import (
     as_numbers,
     call_reward,
     check_columns,
-    describe,
     load_reward,
     parameters,
 )
@@ -154,14 +152,6 @@ def test_numbers(returned):
 def test_no_numbers(returned, error, message):
     with pytest.raises(error, match=message):
         as_numbers(returned, 2)
-
-
-def test_describe_says_where():
-    try:
-        math.sqrt(-1)
-    except ValueError as error:
-        assert describe(error).startswith("ValueError: math domain error (")
-        assert "test_functions.py, line" in describe(error)
 
 
 # Verifiers

@@ -386,7 +386,7 @@ class Leaving(Room):
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (Raising, "KeyError: 'no such door'"),
+        (Raising, f"KeyError: 'no such door' ({__file__}, line {Raising.step.__code__.co_firstlineno + 2})"),
         (Odd, "not an Answer"),
         (Endless, "inf"),
         (Shut, "RuntimeError: shut"),

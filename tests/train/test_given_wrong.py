@@ -283,6 +283,15 @@ def test_what_is_no_model(model, dpo):
         keel.evaluate(model, "countdown")
 
 
+@pytest.mark.parametrize("tokenizer", [5, "tiny", ["a"]])
+def test_what_is_no_tokenizer(tokenizer, base, dpo):
+    said = rf"^tokenizer: .* is no tokenizer but of type {type(tokenizer).__name__}. Give a tokenizer of transformers"
+    with pytest.raises(UserError, match=said):
+        dpo(data=PAIRS, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=said):
+        keel.evaluate(base, "countdown", tokenizer=tokenizer)
+
+
 def test_a_model_whose_path_is_too_long(dpo):
     with pytest.raises(ConfigError, match=r"^model: 'a{20}\.\.\.' cannot be a path"):
         dpo(data=PAIRS, model="a" * 300)

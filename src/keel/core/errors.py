@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+
+_OWN = str(Path(__file__).resolve().parent.parent)
 
 
 class KeelError(Exception):
@@ -70,3 +74,19 @@ def nearest(word: str, choices: Iterable[str], cutoff: float = 0.5) -> str:
     """
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def describe(error: BaseException, longest: int | None = None) -> str:
+    """An exception of another's code in one line: type, words (`longest` characters at most), and where it was raised.
+
+    What Keel itself objects to in that code was raised in no place that would help.
+
+    >>> describe(ValueError("no digits"))
+    'ValueError: no digits'
+    """
+    said = " ".join(str(error).split())[:longest]
+    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    if not frames or frames[-1].filename.startswith(_OWN):
+        return text
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})"

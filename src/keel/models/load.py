@@ -51,6 +51,7 @@ def load(
     Raises:
         UserError: nothing there, no safetensors weights, incomplete weights, no network, or no tokenizer.
     """
+    _check_tokenizer(tokenizer)
     module: Any = name_or_path
     place = None if device is None else _device(device)
     if isinstance(name_or_path, (str, Path)):
@@ -87,6 +88,7 @@ def outline(name: str | Path, tokenizer: Any = None) -> Outline:
     Raises:
         UserError: nothing there, no network, or no tokenizer.
     """
+    _check_tokenizer(tokenizer)
     path = Path(name).expanduser()
     name, library = str(path) if path.is_dir() else str(name), _transformers()
     with _quiet():
@@ -326,6 +328,13 @@ def _explained(error: Exception, name: str, local: bool) -> KeelError:
         name,
         "Check the name; without a network, give the path of a downloaded model, or set HF_HOME to a cache with it.",
     )
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is None or (callable(tokenizer) and hasattr(tokenizer, "decode") and hasattr(tokenizer, "__len__")):
+        return
+    fix = "Give a tokenizer of transformers: AutoTokenizer.from_pretrained(...)."
+    raise UserError(f"{tokenizer!r:.60} is no tokenizer but of type {type(tokenizer).__name__}", "tokenizer", fix)
 
 
 def _tokenizer_of(module: Any) -> Any:

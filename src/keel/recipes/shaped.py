@@ -15,12 +15,19 @@ from keel.recipes.policy_gradient import grpo, ppo
 from keel.recipes.registry import recipe
 
 
-@recipe(paper=209, baseline="grpo", neutral={"penalty": 0.0}, preset={"train.num_iterations": 2})
+@recipe(
+    paper=209,
+    baseline="grpo",
+    neutral={"penalty": 0.0},
+    reduces_to=lambda: grpo(beta=0.1),
+    preset={"train.num_iterations": 2},
+    passes={"beta": 0.1},
+)
 def unlikeliness(penalty: float = 0.25, num_generations: int = 32, **grpo_options) -> Method:
     """GRPO in which a success earns less, the likelier it is within its group.
 
     The second ingredient are several updates a batch (`train.num_iterations`, 2 here): rare successes go on rising
-    once the frequent ones are clipped. The paper's runs add a KL penalty (`beta=0.1`).
+    once the frequent ones are clipped. The third is a KL penalty (`beta`, 0.1 here).
 
     Args:
         penalty: what the likeliest completion of a group loses, as a share of its reward.
@@ -120,7 +127,12 @@ def pear(
     )
 
 
-@recipe(paper=53, baseline="grpo", neutral={"alpha": 0.0, "kl_coef": 0.0})
+@recipe(
+    paper=53,
+    baseline="grpo",
+    neutral={"alpha": 0.0, "kl_coef": 0.0},
+    preset={"train.dynamic_sampling": True},
+)
 def ares(
     alpha: float = 0.5,
     window: int = 4,
@@ -132,6 +144,8 @@ def ares(
     **grpo_options,
 ) -> Method:
     """GRPO that asks for little exploration on easy prompts and rewards it on hard ones, each held by a KL of its own.
+
+    Prompts that all or none of their group solve are replaced (`train.dynamic_sampling`, on here).
 
     Args:
         alpha: size of the bonus on the number of high-entropy windows.

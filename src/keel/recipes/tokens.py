@@ -171,6 +171,8 @@ def hapo(
     epsilon: float = 0.2,
     epsilon_high: float = 0.2,
     dual_clip: float | None = 10.0,
+    overlong_cache: int | None = None,
+    max_completion_length: int = 256,
     **dapo_options,
 ) -> Method:
     """DAPO whose temperature, clip range, advantage and group statistics follow the entropy of each token.
@@ -182,10 +184,20 @@ def hapo(
         token_average: mean and deviation of a group over its tokens in place of its completions.
         tau: how much the temperature of a token does, by the score among the tokens of the batch before.
         epsilon, epsilon_high, dual_clip: clip range at score 0.
+        overlong_cache: tokens before the limit over which a punishment of length grows; None is two fifths of the
+            limit, 0 is no punishment: turn it off if completions become shorter and shorter.
+        max_completion_length: the limit.
 
     Source: "From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature", 2025.
     """
-    method = dapo(epsilon=epsilon, epsilon_high=epsilon_high, dual_clip=dual_clip, **dapo_options)
+    method = dapo(
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        dual_clip=dual_clip,
+        overlong_cache=max(1, 2 * max_completion_length // 5) if overlong_cache is None else overlong_cache,
+        max_completion_length=max_completion_length,
+        **dapo_options,
+    )
     surrogate = Surrogate(HeterogeneousClip(epsilon, epsilon_high, dual_clip, quantile, clip, scale))
     average = {"token_average": TokenGroupScale()} if token_average else method.advantage
     method = method.replacing(surrogate=surrogate, advantage=average)

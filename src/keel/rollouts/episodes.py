@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from keel.core.choice import counter_seed, row_ids
-from keel.core.errors import ConfigError, UserError
+from keel.core.errors import ConfigError, UserError, describe
 from keel.core.rows import Rows, Stop
 from keel.rollouts.sampling import Generator, Sampling
 from keel.tasks.environment import Answer, Ended, Environment, InteractiveTask
@@ -303,8 +303,7 @@ class _Table:
         try:
             return what()
         except (Exception, SystemExit) as error:  # the environment is the user's
-            said = " ".join(str(error).split())[:_NAMED]
-            self.failed[episode.group] = f"{type(error).__name__}: {said}" if said else type(error).__name__
+            self.failed[episode.group] = describe(error, longest=_NAMED)
             for other in self.episodes:
                 if other.group == episode.group:
                     other.end(Ended.FAILED)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from keel.core.errors import ConfigError, UserError, nearest
+from keel.core.errors import ConfigError, UserError, describe, nearest
 from keel.tasks.task import Task
 
 _GYM = "reasoning_gym:"
@@ -139,7 +139,7 @@ def _built(make: Any, name: str, options: dict[str, Any]) -> Any:
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"it refused its options: {type(error).__name__}: {error}", f"task {name}") from error
+        raise ConfigError(f"it refused its options: {describe(error)}", f"task {name}") from error
 
 
 def _module(name: str) -> ModuleType:
@@ -151,7 +151,7 @@ def _module(name: str) -> ModuleType:
         fix = "Modules are looked for in the current directory and among the installed packages; files end in .py."
         raise ConfigError(what, f"task {name}", fix) from error
     except Exception as error:
-        raise ConfigError(f"cannot be imported: {type(error).__name__}: {error}", f"task {name}") from error
+        raise ConfigError(f"cannot be imported: {describe(error)}", f"task {name}") from error
 
 
 def _file(place: str) -> ModuleType:
@@ -168,7 +168,7 @@ def _file(place: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[spec.name]
-        raise ConfigError(f"cannot be imported: {type(error).__name__}: {error}", f"task {place}") from error
+        raise ConfigError(f"cannot be imported: {describe(error)}", f"task {place}") from error
     return module
 
 

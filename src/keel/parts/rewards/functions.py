@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from keel.core.errors import ConfigError, nearest
+from keel.core.errors import ConfigError, describe, nearest
 from keel.core.registry import part
 from keel.tasks.task import RewardFunction, Text, completion_text, final_answer
 
@@ -29,7 +28,6 @@ __all__ = [
     "RewardFunction",
     "call_reward",
     "check_columns",
-    "describe",
     "load_reward",
     "parameters",
 ]
@@ -107,18 +105,6 @@ def _unimportable(reward: str, error: Exception, fix: str | None = None) -> Conf
 
 def _callables(module: ModuleType) -> list[str]:
     return [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line: its type, what it says, and where it was raised.
-
-    >>> describe(ValueError("no digits"))
-    'ValueError: no digits'
-    """
-    said = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
 
 
 # Calling

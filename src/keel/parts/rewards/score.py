@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from keel.core.errors import UserError
-from keel.parts.rewards.functions import GIVEN, RewardFunction, call_reward, describe
+from keel.core.errors import UserError, describe
+from keel.parts.rewards.functions import GIVEN, RewardFunction, call_reward
 from keel.parts.rewards.worker import RewardTimeout, RewardWorkerDied
 from keel.tasks.task import Text
 

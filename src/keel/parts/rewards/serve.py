@@ -17,8 +17,8 @@ import threading
 import time
 from typing import Any, BinaryIO
 
-from keel.core.errors import ConfigError
-from keel.parts.rewards.functions import call_reward, describe, load_reward, parameters
+from keel.core.errors import ConfigError, describe
+from keel.parts.rewards.functions import call_reward, load_reward, parameters
 
 _GRACE = 2.0  # seconds that a function has to finish once its parent is gone
 

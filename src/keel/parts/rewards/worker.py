@@ -15,13 +15,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from keel.core.errors import ConfigError, DataError, RewardError
+from keel.core.errors import ConfigError, DataError, RewardError, describe
 from keel.parts.rewards.functions import (
     GIVEN,
     Parameters,
     RewardFunction,
     call_reward,
-    describe,
     load_reward,
     parameters,
 )
