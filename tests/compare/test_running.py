@@ -40,7 +40,9 @@ def test_a_comparison_has_an_outcome_for_every_cell(finished):
         ("dr_grpo", 1, "finished"),
     ]
     for one in comparison.outcomes:
-        assert one.values["pass@1"].shape == one.before["pass@1"].shape == (8,)
+        for shares in (one.before["pass@1"], one.values["pass@1"]):  # of 8 prompts, each of 2 completions
+            assert (2 * shares).tolist() == [round(2 * share) for share in shares.tolist()] and len(shares) == 8
+            assert shares.min() >= 0 and shares.max() <= 1
         assert one.before["pass@1"].tolist() == comparison.outcomes[0].before["pass@1"].tolist()  # one base, one draw
         summary = json.loads((runs / one.run / "summary.json").read_text())
         assert one.values["pass@1"].mean() == pytest.approx(summary["after"]["pass@1"][0], abs=1e-9)

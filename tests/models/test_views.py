@@ -85,12 +85,33 @@ def test_what_is_no_view(model):
 # -- layers ----------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def hooked(model, rows):
+    """What hooks of the test's own see of one row: outputs of attentions, of MLPs, of layers and of the head, [T, D]."""
+    one = rows.trim()
+    start, stop = one.prompt_ids.shape[1] - 1, one.prompt_ids.shape[1] + one.tokens.shape[1] - 1
+    base, seen = model.transformer.base_model, ([], [], [])
+
+    def keep(kind):
+        return lambda module, given, out: kind.append((out[0] if isinstance(out, tuple) else out)[0, start:stop])
+
+    watched = [(m, kind) for e in base.layers for m, kind in zip((e.self_attn, e.mlp, e), seen, strict=True)]
+    handles = [module.register_forward_hook(keep(kind)) for module, kind in watched]
+    logits = model.transformer(input_ids=torch.cat([one.prompt_ids, one.tokens], 1)).logits[0, start:stop]
+    for handle in handles:
+        handle.remove()
+    attention, mlp, residual = seen
+    return attention, mlp, [*residual[:-1], base.norm(residual[-1])], [logits]
+
+
 def test_layers(model):
     """The last layer's is the state that the head reads; padding on both sides changes nothing; no gradient."""
     rows = rows_of(model, ("3+4=", "7"), ("12+5=", "17"))
     states = layer_states(model, rows)
     assert states.shape == (*rows.tokens.shape, 3, 16) and not states.requires_grad
     torch.testing.assert_close(states[rows.mask][:, -1], model.hidden(rows)[rows.mask], atol=1e-5, rtol=0)
+    _, _, residual, _ = hooked(model, rows.select(torch.tensor([1])))
+    torch.testing.assert_close(states[1, :, :], torch.stack(residual, 1), atol=1e-5, rtol=0)
     wide = layer_states(model, rows.padded(rows.prompt_ids.shape[1] + 3, rows.tokens.shape[1] + 2))
     torch.testing.assert_close(wide[:, : rows.tokens.shape[1]][rows.mask], states[rows.mask], atol=1e-6, rtol=0)
     seen = build(Layers(), model).hidden(rows)
@@ -172,20 +193,9 @@ def test_activations(model):
     assert found.shape == (*rows.tokens.shape, 4) and bool(((found >= 0) & (found <= 1)).all())
     alone = build(Activations(), model).hidden(rows.select(torch.tensor([1])))
     torch.testing.assert_close(alone[rows.mask[1:]], found[1:][rows.mask[1:]], atol=1e-5, rtol=0)
-    one = rows.select(torch.tensor([0])).trim()
-    start, stop = one.prompt_ids.shape[1] - 1, one.prompt_ids.shape[1] + one.tokens.shape[1] - 1
-    kept = []
-    layers = model.transformer.base_model.layers
-    handles = [
-        layer.mlp.register_forward_hook(lambda m, i, o: kept.append(o[0, start:stop].mean(-1))) for layer in layers
-    ]
-    ids = torch.cat([one.prompt_ids, one.tokens], 1)
-    with torch.no_grad():
-        logits = model.transformer(input_ids=ids).logits[0, start:stop].mean(-1)
-    for handle in handles:
-        handle.remove()
-    mlp = torch.stack([(z - z.min()) / (z.max() - z.min()) for z in kept]).mean(0)
-    torch.testing.assert_close(found[0, :, 1], mlp, atol=1e-4, rtol=0)
-    torch.testing.assert_close(
-        found[0, :, 3], (logits - logits.min()) / (logits.max() - logits.min()), atol=1e-4, rtol=0
-    )
+    kinds = hooked(model, rows.select(torch.tensor([0])))
+    wanted = []
+    for kind in kinds:
+        means = [z.mean(-1) for z in kind]
+        wanted.append(torch.stack([(z - z.min()) / (z.max() - z.min()) for z in means]).mean(0))
+    torch.testing.assert_close(found[0], torch.stack(wanted, 1), atol=1e-4, rtol=0)

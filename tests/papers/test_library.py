@@ -2,6 +2,8 @@
 
 import os
 import sqlite3
+import tempfile
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -67,12 +69,29 @@ def test_where_nothing_can_be_written_reading_goes_on(tmp_path: Path) -> None:
         blocked.subscribe("entropy")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_file_without_the_right_to_write_is_read(library: Library) -> None:
+@pytest.fixture
+def humble() -> Iterator[Path]:
+    """A folder of somebody who may not write everywhere, and is who runs the test."""
+    root, nobody = os.geteuid() == 0, 65534
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are root's alone
+        if root:
+            os.chown(name, nobody, nobody)
+            os.seteuid(nobody)
+        try:
+            yield Path(name)
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+def test_a_file_without_the_right_to_write_is_read(humble: Path) -> None:
+    library = Library(humble / "home" / "papers.sqlite")
     library.add([MINE], DAY)
     library.path.chmod(0o400)
     library.path.parent.chmod(0o500)
     try:
+        with pytest.raises(PermissionError):
+            (library.path.parent / "more").write_text("")
         assert len(library.imported()) == 1 and not library.view(47)
     finally:
         library.path.parent.chmod(0o700)

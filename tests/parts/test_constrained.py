@@ -138,7 +138,8 @@ def test_each_reward_is_whitened_on_its_own():
         for r in (rows, rows.with_(reward=rows.reward * scale))
     )
     torch.testing.assert_close(found.advantage, scaled.advantage, rtol=1e-6, atol=1e-6)
-    assert found.reward.shape == (8, 1) and found.features[COMPONENTS].shape == (8, 2)
+    torch.testing.assert_close(found.features[COMPONENTS], rows.reward, equal_nan=True)
+    torch.testing.assert_close(found.reward[:, 0], rows.reward.nan_to_num(0.0).sum(1))
     alone = ConstrainedGAE((1.0,), 1.0, 1.0)(k8_rows(), stats).advantage
     torch.testing.assert_close(found.advantage[7], 0.3 * alone[7])
 

@@ -75,7 +75,8 @@ def test_the_running_mean_is_that_of_the_pair_in_every_pass():
     metrics: dict[str, float] = {}
     state = part.observe(first, stats, metrics, state)
     p = torch.tensor([2.0, 0.5], dtype=torch.float64).sigmoid()
-    assert state["target"].shape == (2, 2) and metrics["early/agreement"] > 0
+    agreement = 0.3 * (p.square() + (1 - p).square())  # of p and the mean so far, (1 - .7) p
+    assert state["target"].shape == (2, 2) and metrics["early/agreement"] == pytest.approx(float(agreement.mean()))
     # in another order, beside another pair; what was seen of both is found again
     turned, known = pairs([1.0, 0.5, 2.0, 0.0], index=(1, 0))
     state = part.observe(turned, known, {}, state)
