@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.page import processor
 from keel.core.choice import counter_seed
 from keel.models.language import LanguageModel
 from keel.models.load import checksum, frozen_copy, load
@@ -171,7 +172,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """On what the numbers are the same again."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "system": platform.machine()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "system": platform.machine()}
+    return {**versions, "processor": processor()}
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------

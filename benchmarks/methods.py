@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     first, second = (wanted(cells, arguments) for cells in both_rounds(folder))
     if arguments.vouch:
-        say(f"vouched: {dict(work.vouch(plan.in_order([*first, *second]), say, folder))}")
+        say(f"vouched: {dict(work.vouch(plan.in_order([*first, *second]), say, folder, before=arguments.before))}")
     if not arguments.list:
         say(f"first round: {dict(work.work(first, say, left(), folder))}")
         for _ in range(2):  # trials, then what they have chosen
@@ -99,6 +99,9 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="what is missing, stale and fresh; nothing is run")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin no cell after that")
     parser.add_argument("--vouch", action="store_true", help="first run a few stale cells again, to keep the others")
+    parser.add_argument(
+        "--before", type=Path, metavar="FOLDER", help="vouch on another processor; see work.vouch"
+    )
     parser.add_argument("--write", action="store_true", help="write docs/methods.md and evidence.json at the end")
     parser.add_argument("--results", type=Path, default=results.FOLDER)
     arguments = parser.parse_args()

@@ -41,8 +41,8 @@ class Result:
         code: digests of what decided its numbers; see `code_of`.
         numbers: the same again on the same machine; empty where it failed.
         times: seconds.
-        machine: versions.
-        base: checksum of the weights that it began with.
+        machine: versions, and the processor.
+        base: checksum of the weights that it began with; another processor rounds otherwise, and trains another.
         error: why there are no numbers.
         vouched: cells that were run again with the same numbers after a change of code, and what it changed.
     """

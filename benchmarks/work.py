@@ -1,5 +1,9 @@
 """Running what is missing or stale, alone or beside other processes, within a budget; and vouching for stale cells."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 import traceback
 from collections import Counter
@@ -115,18 +119,25 @@ def vouch(
     folder: Path = FOLDER,
     count: int = VOUCHERS,
     run: Callable[[Cell], Mapping[str, Any]] = run_cell,
+    before: Path | None = None,
 ) -> Counter:
     """Run a few of the stale cells again; where their numbers are the same, others of the same changes are fresh.
+
+    Where a cell began with another base than this machine's, as it was run on another processor, the code that it is
+    of runs here, too: `before` is a checkout of it.
 
     A change is a digest that went from one value to another. A cell is vouched for if each of its changes was met by
     `count` cells that were run again with the same numbers, or by all there are, and one of these was on its task.
     A change with which the numbers differed vouches for nothing. Several processes at once share the work.
+
+    Raises:
+        KeelError: the base is another, and there is no such checkout.
     """
     done: Counter = Counter()
     for change in _stale_by_change(cells, folder):
         with claimed(f"{change}", folder) as mine:
             if mine and (stale := _stale_by_change(cells, folder).get(change)):  # again: others were at it
-                done += _vouch_for(stale, change, cells, told, folder, count, run)
+                done += _vouch_for(stale, change, cells, told, folder, count, run, before)
     return done
 
 
@@ -147,6 +158,7 @@ def _vouch_for(
     folder: Path,
     count: int,
     run: Callable[[Cell], Mapping[str, Any]],
+    before: Path | None,
 ) -> Counter:
     """Run what is lacking for one set of changes; then the others of it are fresh."""
     done: Counter = Counter()
@@ -155,13 +167,16 @@ def _vouch_for(
     for one in spread(stale, count):
         if spoilt & set(change) or not _lacks(one.cell.task, change, met, count):
             continue
+        wanted = numbers_here(one, before)
         again = run(one.cell)
-        same = again["numbers"] == one.numbers
+        same = again["numbers"] == wanted
         rarest = min(len(met.get(entry, ())) for entry in change)  # what hardly another has is what made the difference
         differs = [list(entry) for entry in change if len(met.get(entry, ())) == rarest]
         known = {"by": [one.cell.label], "changed": changed} if same else {"by": [], "changed": differs}
-        code, numbers, times = code_of(one.cell), again["numbers"], again["times"]
-        fresh = replace(one, code=code, numbers=numbers, times=times, machine=again["machine"], vouched=known)
+        fresh = replace(one, code=code_of(one.cell), vouched=known)
+        if not same or wanted is one.numbers:
+            numbers, times, base = again["numbers"], again["times"], one.base and checksum_of(one.cell.task)
+            fresh = replace(fresh, numbers=numbers, times=times, machine=again["machine"], base=base)
         write(fresh, folder)
         done["run"] += 1
         told(f"{one.cell.label}: {'the same numbers' if same else 'OTHER numbers'}")
@@ -176,6 +191,42 @@ def _vouch_for(
         write(replace(one, code=code_of(one.cell), vouched={"by": names, "changed": changed}), folder)
         done["vouched"] += 1
     return done
+
+
+def numbers_here(one: Result, before: Path | None) -> Mapping[str, Any]:
+    """The numbers that a result's own code has on this machine: those stored, or of a run in a checkout of that code.
+
+    Raises:
+        KeelError: its base is not that of this machine and there is no checkout, or it is of other code.
+    """
+    if not one.base or one.base == checksum_of(one.cell.task):
+        return one.numbers
+    if before is None:
+        raise KeelError(
+            f"{one.cell.label} began with another base than this machine's, as another processor rounds otherwise",
+            fix="Compare both codes here: --before FOLDER, a checkout in which the stored results are fresh.",
+        )
+    program = (
+        "import json, sys, torch; torch.set_num_threads(1); from benchmarks import cells, results; "
+        "cell = cells.Cell.from_json(json.load(sys.stdin)); "
+        "print(json.dumps([results.code_of(cell), cells.run_cell(cell)['numbers']]))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(before), str(before / "src")])}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(one.cell.to_json()),
+        cwd=before,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise KeelError(f"{one.cell.label} cannot be run in {before}: {done.stderr[-1000:]}")
+    code, numbers = json.loads(done.stdout.splitlines()[-1])
+    if code != one.code:
+        raise KeelError(f"the code in {before} is not that of the result of {one.cell.label}")
+    return numbers
 
 
 def witnesses(cells: Sequence[Cell], folder: Path) -> tuple[dict[tuple[str, ...], list[tuple[str, str]]], set]:

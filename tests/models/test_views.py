@@ -87,7 +87,7 @@ def test_what_is_no_view(model):
 
 @torch.no_grad()
 def hooked(model, rows):
-    """What hooks of the test's own see of one row: outputs of attentions, of MLPs, of layers and of the head, [T, D]."""
+    """What hooks of the test's own see of one row: outputs of attentions, MLPs, layers and head, [T, D]."""
     one = rows.trim()
     start, stop = one.prompt_ids.shape[1] - 1, one.prompt_ids.shape[1] + one.tokens.shape[1] - 1
     base, seen = model.transformer.base_model, ([], [], [])
