@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,20 +43,33 @@ class Arm:
 class Evidence:
     """The numbers of all arms by seed.
 
+    Another processor rounds otherwise and so trains another base. What began with one of these is compared with its
+    baselines on the same, which were run for that alone.
+
     Args:
         numbers: of each arm and seed.
         times: seconds, the same way.
         failed: what went wrong, the same way.
+        bases: checksums of what each began with, the same way.
+        processors: where each was run, the same way.
+        elsewhere: by base, the baselines of arms that began with it, as few have.
     """
 
     numbers: dict[Arm, dict[int, Numbers]] = field(default_factory=dict)
     times: dict[Arm, dict[int, Mapping[str, Any]]] = field(default_factory=dict)
     failed: dict[Arm, str] = field(default_factory=dict)
+    bases: dict[Arm, dict[int, str]] = field(default_factory=dict)
+    processors: dict[Arm, dict[int, str]] = field(default_factory=dict)
+    elsewhere: dict[str, "Evidence"] = field(default_factory=dict)
 
     @staticmethod
-    def of(results: Sequence[Result], plain: Callable[[Cell], bool] = lambda cell: True) -> "Evidence":
+    def of(
+        results: Sequence[Result],
+        plain: Callable[[Cell], bool] = lambda cell: True,
+        elsewhere: Mapping[str, Sequence[Result]] = MappingProxyType({}),
+    ) -> "Evidence":
         """From results; those of other settings than the plan's are left out by `plain`."""
-        found = Evidence()
+        found = Evidence(elsewhere={base: Evidence.of(some, plain) for base, some in elsewhere.items()})
         for one in results:
             if not plain(one.cell):
                 continue
@@ -65,15 +79,37 @@ class Evidence:
             else:
                 found.numbers.setdefault(arm, {})[one.cell.seed] = one.numbers
                 found.times.setdefault(arm, {})[one.cell.seed] = one.times
+                found.bases.setdefault(arm, {})[one.cell.seed] = one.base
+                found.processors.setdefault(arm, {})[one.cell.seed] = one.machine.get("processor", "")
         return found
 
     def on(self, seeds: Collection[int]) -> "Evidence":
         """Of some seeds alone."""
-        parts = (
-            {arm: {seed: one for seed, one in by_seed.items() if seed in seeds} for arm, by_seed in table.items()}
-            for table in (self.numbers, self.times)
-        )
-        return Evidence(*parts)  # type: ignore[arg-type]
+
+        def some(table: Mapping[Arm, Mapping[int, Any]]) -> dict[Arm, dict[int, Any]]:
+            return {arm: {seed: one for seed, one in known.items() if seed in seeds} for arm, known in table.items()}
+
+        elsewhere = {base: one.on(seeds) for base, one in self.elsewhere.items()}
+        return Evidence(some(self.numbers), some(self.times), {}, some(self.bases), some(self.processors), elsewhere)
+
+    def base(self, arm: Arm, seed: int) -> str:
+        """What it began with."""
+        return self.bases.get(arm, {}).get(seed, "")
+
+    def usual(self, task: str) -> str:
+        """The base that most began with."""
+        bases = [base for arm, known in self.bases.items() if arm.task == task for base in known.values()]
+        return max(dict.fromkeys(bases), key=bases.count, default="")
+
+    def processor(self, *arms: Arm) -> str:
+        """Where most of the runs of some arms were made; without any, of all arms."""
+        names = [name for arm in arms or self.processors for name in self.processors.get(arm, {}).values()]
+        return max(dict.fromkeys(names), key=names.count, default="")
+
+    def apart(self, arm: Arm) -> bool:
+        """Whether some of its runs began with another base than most."""
+        usual = self.usual(arm.task)
+        return any(base != usual for base in self.bases.get(arm, {}).values())
 
     def has(self, arm: Arm) -> bool:
         """Whether there is a finished cell."""
@@ -88,18 +124,42 @@ class Evidence:
         return _interval([self._read(arm, seed, name) for seed in self.seeds(arm)[:seeds]])
 
     def difference(self, arm: Arm, other: Arm, name: str | Scalar) -> Interval:
-        """arm - other, paired by seed and by prompt."""
+        """arm - other, paired by seed and by prompt, of runs that began with one base; NaN if there are none."""
         pairs = []
-        for seed in self.seeds(arm, other):
-            one, two = self._read(arm, seed, name), self._read(other, seed, name)
+        for seed, one_in, two_in in self._paired(arm, other):
+            one, two = one_in._read(arm, seed, name), two_in._read(other, seed, name)
             if one is not None and two is not None and one.shape == two.shape:
                 pairs.append(one - two)
         return _interval(pairs)
 
     def time_ratio(self, arm: Arm, other: Arm) -> float:
-        """Processor time of a step over that of the other's; NaN if it is not known."""
-        found = [[t["step_cpu"] for t in self.times.get(a, {}).values() if t.get("step_cpu")] for a in (arm, other)]
-        return float(np.median(found[0]) / np.median(found[1])) if all(found) else math.nan
+        """Processor time of a step over that of the other's, on the same processor; NaN if it is not known."""
+        for base in dict.fromkeys(self.base(arm, seed) for seed in self.times.get(arm, {})):
+            one, two = self._steps(arm, base), self._steps(other, base)
+            two = two or self.elsewhere.get(base, Evidence())._steps(other, base)
+            if one and two:
+                return float(np.median(one) / np.median(two))
+        return math.nan
+
+    def _steps(self, arm: Arm, base: str) -> list[float]:
+        known = [t.get("step_cpu") for seed, t in self.times.get(arm, {}).items() if self.base(arm, seed) == base]
+        return [seconds for seconds in known if seconds]
+
+    def _paired(self, arm: Arm, other: Arm) -> list[tuple[int, "Evidence", "Evidence"]]:
+        """Seeds, and where each of two has a run of it that began with the same base."""
+        found = []
+        for seed in sorted({*self.numbers.get(arm, {}), *self.numbers.get(other, {})}):
+            one, two = (self.base(a, seed) if seed in self.numbers.get(a, {}) else None for a in (arm, other))
+            for base in dict.fromkeys(b for b in (one, two) if b is not None):
+                there = self.elsewhere.get(base, Evidence())
+                places = [
+                    self if own == base else there if seed in there.numbers.get(a, {}) else None
+                    for own, a in ((one, arm), (two, other))
+                ]
+                if None not in places:
+                    found.append((seed, *places))
+                    break
+        return found
 
     def _read(self, arm: Arm, seed: int, name: str | Scalar) -> np.ndarray | None:
         numbers = self.numbers[arm][seed]

@@ -24,16 +24,21 @@ def arm_of(cell: Cell) -> Arm:
 def finalists(evidence: Evidence, names: Sequence[str]) -> dict[str, list[str]]:
     """The best recipes on each task by its measures in the first round, best first; of those that do the same, one."""
     found: dict[str, list[str]] = {}
+    first = evidence.on(range(plan.SEEDS))
     for measure, task in MEASURES:
         same = {name for names_ in alike(evidence, names, task) for name in names_[1:]}
-        values = {
-            name: evidence.measure(arm_of(plan.cell(name, task)), measure, plan.SEEDS).value
-            for name in names
-            if name not in same
-        }
+        values = {name: reached(first, arm_of(plan.cell(name, task)), measure) for name in names if name not in same}
         ranked = sorted((name for name in values if math.isfinite(values[name])), key=lambda name: -values[name])
         found[task] = list(dict.fromkeys([*found.get(task, []), *ranked[:BEST]]))
     return found
+
+
+def reached(evidence: Evidence, arm: Arm, measure: str) -> float:
+    """The mean of an arm; of one that began with another base grpo's and the difference to it, as of the usual base."""
+    if not evidence.apart(arm):
+        return evidence.measure(arm, measure).value
+    grpo = Arm("grpo", arm.task)
+    return evidence.measure(grpo, measure).value + evidence.difference(arm, grpo, measure).value
 
 
 def alike(evidence: Evidence, names: Sequence[str], task: str) -> list[list[str]]:

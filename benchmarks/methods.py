@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from benchmarks import fingerprint, halving, methods_page, packaged, plan, results, work
-from benchmarks.cells import BASE, Cell
+from benchmarks.cells import BASE, Cell, checksum_of
 from benchmarks.evidence import Evidence
 from keel.core.errors import KeelError, nearest
 
@@ -25,13 +25,14 @@ from keel.core.errors import KeelError, nearest
 def gathered(folder: Path) -> tuple[Evidence, Evidence]:
     """What is stored of the cells of the plan: runs that count, and trials of coefficients."""
     stored = results.everything(folder)
+    others = {base: results.everything(path) for base, path in results.elsewhere(folder).items()}
 
     def planned(cell: Cell) -> bool:
         return cell.settings == plan.settings(cell.task)
 
     return (
-        Evidence.of(stored, lambda cell: planned(cell) and cell.seed != halving.TUNING_SEED),
-        Evidence.of(stored, lambda cell: planned(cell) and cell.seed == halving.TUNING_SEED),
+        Evidence.of(stored, lambda cell: planned(cell) and cell.seed != halving.TUNING_SEED, others),
+        Evidence.of(stored, lambda cell: planned(cell) and cell.seed == halving.TUNING_SEED, others),
     )
 
 
@@ -41,6 +42,14 @@ def both_rounds(folder: Path) -> tuple[list[Cell], list[Cell]]:
     if any(results.stored(cell, folder) is None for cell in first if cell.task == plan.MAIN):
         return first, []
     return first, plan.in_order(list(halving.second_round(*gathered(folder), plan.compared())))
+
+
+def baselines(cells: Sequence[Cell], folder: Path) -> list[tuple[str, Path, list[Cell]]]:
+    """By base that is not the usual one: where the baselines of the cells that began with it are, and these."""
+    return [
+        (base, folder / "elsewhere" / base, plan.in_order([one for cell in some for one in plan.baselines(cell)]))
+        for base, some in work.apart(cells, folder).items()
+    ]
 
 
 def wanted(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[Cell]:
@@ -69,12 +78,20 @@ def run(arguments: argparse.Namespace) -> None:
     first, second = (wanted(cells, arguments) for cells in both_rounds(folder))
     if arguments.vouch:
         say(f"vouched: {dict(work.vouch(plan.in_order([*first, *second]), say, folder, before=arguments.before))}")
+        for _, place, cells in baselines([*first, *second], folder):
+            said = dict(work.vouch(cells, say, place, before=arguments.before))
+            say(f"vouched for baselines in {place.name}: {said}")
     if not arguments.list:
         say(f"first round: {dict(work.work(first, say, left(), folder))}")
         for _ in range(2):  # trials, then what they have chosen
             second = wanted(both_rounds(folder)[1], arguments)
             say(f"second round: {dict(work.work(second, say, left(), folder))}")
+        for base, place, cells in baselines([*first, *second], folder):
+            here = [cell for cell in cells if checksum_of(cell.task) == base]
+            say(f"baselines in {place.name}: {dict(work.work(here, say, left(), place))}")
     print("\n".join(work.summary(plan.in_order([*first, *second]), folder)))
+    for _, place, cells in baselines([*first, *second], folder):
+        print("\n".join([f"baselines in {place.name}:", *work.summary(cells, place)]))
     if arguments.write:
         write(folder)
 
@@ -99,9 +116,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="what is missing, stale and fresh; nothing is run")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin no cell after that")
     parser.add_argument("--vouch", action="store_true", help="first run a few stale cells again, to keep the others")
-    parser.add_argument(
-        "--before", type=Path, metavar="FOLDER", help="vouch on another processor; see work.vouch"
-    )
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="vouch on another processor; see work.vouch")
     parser.add_argument("--write", action="store_true", help="write docs/methods.md and evidence.json at the end")
     parser.add_argument("--results", type=Path, default=results.FOLDER)
     arguments = parser.parse_args()

@@ -13,9 +13,8 @@ from benchmarks.cells import BASE
 from benchmarks.choice import WISHES, answer
 from benchmarks.claims import APPEARED, NOT, NOTHING, UNDECIDED, Verdict, effects, judge
 from benchmarks.evidence import Arm, Evidence
-from benchmarks.halving import BEST, TUNING_SEED, alike
+from benchmarks.halving import BEST, TUNING_SEED, alike, reached
 from benchmarks.measuring import ROOT
-from benchmarks.page import processor
 from keel.evaluate.intervals import Interval
 from keel.report.arms import Look
 from keel.report.picture import Panel, frame, mark
@@ -67,7 +66,7 @@ def page(
     verdicts = [judge(effect, evidence) for effect in effects(names)]
     parts = [
         INTRODUCTION.format(loop=loop()),
-        f"Measured on {processor()}, one thread.\n",
+        f"Measured on {evidence.processor()}, one thread.\n",
         *_choices(evidence, names),
         "## Countdown\n",
         "![pass@16 against pass@1 of every method](methods.svg)\n",
@@ -116,7 +115,7 @@ def table(evidence: Evidence, names: Sequence[str], status: Mapping[str, str]) -
     known = ranked(evidence, known, Arm("grpo"))
     base = Arm("base")
     for arm in ([base] if evidence.has(base) else []) + known:
-        cells = [f"`{arm.label}`" if arm != base else "before training"]
+        cells = [_named(evidence, arm) if arm != base else "before training"]
         cells.append(f"[{status[arm.recipe]}](verification.md)" if arm.recipe in status else "")
         for name in MEASURES:
             cells.append(_number(evidence.measure(arm, name).value))
@@ -124,7 +123,30 @@ def table(evidence: Evidence, names: Sequence[str], status: Mapping[str, str]) -
                 cells.append("" if arm == GRPO else _signed(evidence.difference(arm, GRPO, name)))
         cells.append(_number(evidence.time_ratio(arm, GRPO), 2) if arm != base else "")
         lines.append(_row([*cells, str(len(evidence.seeds(arm)))]))
-    return [*lines, "", fill(TABLE_NOTE, 120), ""]
+    return [*lines, "", fill(TABLE_NOTE, 120), "", *_apart(evidence, known)]
+
+
+def _named(evidence: Evidence, arm: Arm) -> str:
+    """Its label, with a dagger if it began with another base."""
+    return f"`{arm.label}`{' †' if evidence.apart(arm) else ''}"
+
+
+def _apart(evidence: Evidence, arms: Sequence[Arm]) -> list[str]:
+    """What the dagger says."""
+    some = [arm for arm in arms if evidence.apart(arm)]
+    if not some:
+        return []
+    bases = dict.fromkeys(evidence.base(arm, seed) for arm in some for seed in evidence.seeds(arm))
+    own = [evidence.elsewhere[base] for base in bases if base in evidence.elsewhere]
+    grpo = " and ".join(_number(one.measure(GRPO, "pass@1").value) for one in own if one.has(GRPO))
+    return [
+        fill(
+            f"† on {evidence.processor(*some)}, which rounds otherwise and so trained another base: the differences "
+            f"and the time are to GRPO from that base there{f' (pass@1 {grpo})' if grpo else ''}.",
+            120,
+        )
+        + "\n"
+    ]
 
 
 TABLE_NOTE = (
@@ -166,7 +188,7 @@ def _again(evidence: Evidence, arms: Sequence[Arm]) -> list[str]:
     first = [arm for arm in (Arm(BASE), GRPO) if fresh.has(arm)]
     tuned = [arm for arm in arms if arm.recipe == GRPO.recipe and arm != GRPO and fresh.has(arm)]
     for arm in [*first, *ranked(fresh, [*known, *tuned], GRPO)]:
-        cells = [f"`{arm.label}`" if arm.recipe != BASE else "before training"]
+        cells = [_named(fresh, arm) if arm.recipe != BASE else "before training"]
         for name in ("pass@1", "pass@16", "entropy"):
             cells.append(_number(fresh.measure(arm, name).value))
             cells.append("" if arm == GRPO else _signed(fresh.difference(arm, GRPO, name)))
@@ -197,7 +219,7 @@ def _others(evidence: Evidence, names: Sequence[str]) -> list[str]:
             lines += ["What is trained on is another reward; pass@k is by the hidden one.\n"]
         lines += [*_head(["method", *(h for m in measures for h in (_title(m), "to grpo")), "KL"])]
         for arm in ([base] if evidence.has(base) else []) + known:
-            cells = [f"`{arm.label}`" if arm != base else "before training"]
+            cells = [_named(evidence, arm) if arm != base else "before training"]
             for name in measures:
                 apart = "" if arm == grpo else _signed(evidence.difference(arm, grpo, name))
                 cells += [_number(evidence.measure(arm, name).value), apart]
@@ -304,7 +326,8 @@ def picture(evidence: Evidence, names: Sequence[str]) -> str:
     ]
     if not arms:
         raise ValueError("there is no finished cell to draw")
-    points = [(arm, evidence.measure(arm, "pass@1").value, evidence.measure(arm, "pass@16").value) for arm in arms]
+    points = [(arm, *(reached(evidence, arm, name) for name in ("pass@1", "pass@16"))) for arm in arms]
+    points = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
     points, lost = collapsed(points)
     across, up = [x for _, x, _ in points], [y for _, _, y in points]
     colours = THEMES["light"]

@@ -10,7 +10,6 @@ from benchmarks.cells import BASE
 from benchmarks.evidence import Arm, Evidence
 from benchmarks.halving import arm_of
 from benchmarks.measuring import ROOT
-from benchmarks.page import processor
 from keel.evaluate.intervals import Interval
 from keel.recipes.registry import recipe_named
 
@@ -37,11 +36,15 @@ def packaged(evidence: Evidence, names: Sequence[str]) -> dict[str, Any]:
                 if evidence.has(arm_of(plan.cell(name, task)))
             },
         }
-    return {"machine": f"{processor()}, one thread", "tasks": tasks}
+    return {"machine": f"{evidence.processor()}, one thread", "tasks": tasks}
 
 
 def _recipe(evidence: Evidence, arm: Arm, base: Arm) -> dict[str, Any]:
     seconds = [t["step"] for t in evidence.times.get(arm, {}).values() if t.get("step")]
+    if evidence.apart(arm):  # of another processor: grpo's on the usual one, as many times as it takes there
+        grpo = Arm("grpo", arm.task)
+        known = [t["step"] * evidence.time_ratio(arm, grpo) for t in evidence.times.get(grpo, {}).values()]
+        seconds = [step for step in known if math.isfinite(step)]
     return {
         "seeds": len(evidence.seeds(arm)),
         "settings": dict(arm.arguments),

@@ -110,6 +110,12 @@ def variants(seed: int) -> Iterator[Cell]:
     return (cell(name, MAIN, seed, **arguments) for name, arguments in VARIANTS)
 
 
+def baselines(one: Cell) -> list[Cell]:
+    """What a cell is compared with: the base, grpo, and the recipe that it varies, all with its seed."""
+    names = dict.fromkeys([BASE, "grpo", recipes()[one.recipe].baseline if one.recipe != BASE else None])
+    return [cell(name, one.task, one.seed) for name in names if name in (BASE, *compared()) and name != one.recipe]
+
+
 def with_seeds(one: Cell, count: int) -> list[Cell]:
     """A cell with seeds 0 .. count - 1."""
     return [replace(one, seed=seed) for seed in range(count)]

@@ -172,6 +172,11 @@ def everything(folder: Path = FOLDER) -> list[Result]:
     return [Result.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
 
 
+def elsewhere(folder: Path = FOLDER) -> dict[str, Path]:
+    """Folders with the baselines of cells that began with another base than most, by that base."""
+    return {path.name: path for path in sorted((folder / "elsewhere").glob("*")) if path.is_dir()}
+
+
 def state_of(cell: Cell, folder: Path = FOLDER) -> str:
     """missing, stale or fresh."""
     found = stored(cell, folder)

@@ -12,6 +12,7 @@ from benchmarks.choice import Wish, answer
 from benchmarks.claims import APPEARED, NOT, NOTHING, UNDECIDED, Effect, Part, as_good, effects, judge, more, own
 from benchmarks.evidence import Arm, Evidence, at, minus, two_way
 
+from keel.core.errors import KeelError
 from keel.evaluate.intervals import Interval
 from keel.models.tiny import TinyConfig
 from keel.recipes.registry import recipes
@@ -234,6 +235,41 @@ def test_the_base_vouches_for_nothing(tmp_path, monkeypatch):
     assert work.witnesses(asked, tmp_path)[0] == {("engine", "1", "2"): [(asked[1].label, asked[1].task)]}
 
 
+def test_on_another_processor_the_code_before_is_run_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "code_of", lambda cell: {"engine": "2"})
+    monkeypatch.setattr(work, "checksum_of", lambda task: "here")
+    asked = [tiny("grpo", seed) for seed in range(4)]
+    for cell in asked:
+        results.write(made(cell, {"means": {"x": 1}}, base="there"), tmp_path)
+
+    def again(cell):
+        return {"numbers": {"means": {"x": 7}}, "times": {"seconds": 9.0}, "machine": {"processor": "new"}}
+
+    with pytest.raises(KeelError, match=r"grpo on countdown, seed 0 began with another base than.*--before"):
+        work.vouch(asked, print, tmp_path, 1, again)
+    assert {results.stored(cell, tmp_path).code["engine"] for cell in asked} == {"1"}
+    old = tmp_path / "old" / "benchmarks"
+    old.mkdir(parents=True)
+    (old / "__init__.py").write_text("")
+    (old / "results.py").write_text("def code_of(cell):\n    return {'engine': '1'}\n")
+    (old / "cells.py").write_text(
+        "class Cell:\n    from_json = staticmethod(lambda data: data)\n\n"
+        "def run_cell(cell):\n    return {'numbers': {'means': {'x': 7 + 10 * cell['seed']}}}\n"
+    )
+    assert work.vouch(asked, print, tmp_path, 1, again, tmp_path / "old") == {"run": 1, "vouched": 3}
+    kept = results.stored(asked[0], tmp_path)
+    assert kept.numbers == {"means": {"x": 1}} and kept.base == "there" and kept.machine == {}  # as they were
+    for cell in asked[1:3]:  # one whose numbers differ here takes those of this machine
+        results.write(made(cell, {"means": {"x": 1}}, base="there", code={"engine": "0"}), tmp_path)
+    with pytest.raises(KeelError, match="is not that of the result of grpo on countdown, seed 1"):
+        work.vouch(asked[1:2], print, tmp_path, 1, again, tmp_path / "old")
+    results.write(made(asked[1], {"means": {"x": 1}}, base="there"), tmp_path)
+    assert work.vouch(asked[1:2], print, tmp_path, 1, again, tmp_path / "old") == {"run": 1}
+    moved = results.stored(asked[1], tmp_path)
+    assert (moved.numbers, moved.base) == ({"means": {"x": 7}}, "here") and moved.machine == {"processor": "new"}
+    assert work.apart([*asked, tiny("sft")], tmp_path) == {"here": [asked[1]]}
+
+
 def test_processes_that_vouch_share_the_changes(tmp_path, monkeypatch):
     """What another process runs for is left to it; the rest is not."""
     codes = {"grpo": {"engine": "2"}, "rloo": {"engine": "2", "parts": "2"}}
@@ -316,6 +352,50 @@ MADE = {
     "kl_cov": {"pass@1": 0.30, "pass@16": 0.90, "entropy": 0.32, "kl": 0.8, "length": 7.0},
     "rloo": {"pass@1": 0.4505, "pass@16": 0.85, "entropy": 0.25, "kl": 1.0, "length": 6.0},
 }
+
+
+def elsewhere():
+    """`rloo` began with another base, on a processor of twice the speed, on which grpo and base are .1 better."""
+    evidence, other = table(**MADE), table(**{k: {m: x + 0.1 for m, x in v.items()} for k, v in MADE.items()})
+    for known in (evidence, other):
+        for arm, numbers in known.numbers.items():
+            known.bases[arm] = {seed: "there" if known is evidence else "here" for seed in numbers}
+            known.processors[arm] = {seed: "old" if known is evidence else "new" for seed in numbers}
+    for part in ("numbers", "bases", "processors"):
+        getattr(evidence, part)[Arm("rloo")] = getattr(other, part)[Arm("rloo")]
+    for name, step in {"rloo": 0.15, "grpo": 0.1}.items():
+        (evidence if name == "rloo" else other).times[Arm(name)] = {seed: {"step_cpu": step} for seed in range(3)}
+    evidence.elsewhere["here"] = Evidence(
+        *({arm: part[arm] for arm in (Arm("base"), Arm("grpo"))} for part in (other.numbers, other.times)),
+        bases={arm: other.bases[arm] for arm in (Arm("base"), Arm("grpo"))},
+    )
+    return evidence
+
+
+def test_what_began_with_another_base_is_compared_on_that_base():
+    evidence, rloo, grpo = elsewhere(), Arm("rloo"), Arm("grpo")
+    plain = table(**MADE)
+    assert [arm for arm in evidence.numbers if evidence.apart(arm)] == [rloo] and evidence.usual("countdown") == "there"
+    for one, two in ((rloo, grpo), (grpo, rloo), (rloo, Arm("base"))):
+        found, wanted = evidence.difference(one, two, "pass@1"), plain.difference(one, two, "pass@1")
+        assert (found.value, found.low, found.high) == pytest.approx((wanted.value, wanted.low, wanted.high))
+    assert math.isnan(evidence.difference(rloo, Arm("clip_cov"), "pass@1").value)  # which nobody ran there
+    assert evidence.time_ratio(rloo, grpo) == pytest.approx(1.5) == plain.time_ratio(rloo, grpo)
+    assert evidence.measure(rloo, "pass@1").value == pytest.approx(plain.measure(rloo, "pass@1").value + 0.1)
+    assert halving.reached(evidence, rloo, "pass@1") == pytest.approx(plain.measure(rloo, "pass@1").value)
+    assert halving.reached(evidence, grpo, "pass@1") == plain.measure(grpo, "pass@1").value
+    some = evidence.on({1})
+    assert some.seeds(rloo) == [1] and some.apart(rloo) and some.elsewhere["here"].seeds(grpo) == [1]
+    assert evidence.processor() == "old" and evidence.processor(rloo) == "new"
+    rows = methods_page.table(evidence, ["grpo", "rloo", "clip_cov"], {})
+    assert sum("†" in row for row in rows) == 2 and any(row.startswith("| `rloo` † |") for row in rows)
+    assert "† on new, which rounds otherwise" in "\n".join(rows) and "(pass@1 0.5" in "\n".join(rows)
+
+
+def test_the_baselines_of_a_cell():
+    assert [one.recipe for one in plan.baselines(plan.cell("hapo", seed=2))] == ["base", "grpo", "dapo"]
+    assert [one.recipe for one in plan.baselines(plan.cell("grpo"))] == ["base"]
+    assert plan.baselines(plan.cell("hapo", "sparse", 2))[2] == plan.cell("dapo", "sparse", 2)
 
 
 def test_effects_appear_or_do_not_or_stay_open():
