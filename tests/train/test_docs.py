@@ -15,11 +15,11 @@ EXAMPLE = re.compile(r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", re.D
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
-def same(printed: str, shown: str) -> None:
-    """Word for word, and the numbers up to the last digit of other machines."""
+def same(printed: str, shown: str, near: float = 0.03) -> None:
+    """Word for word, and the numbers up to the last digit of other machines, or as near as another base lets them."""
     assert NUMBER.sub("0", printed).split() == NUMBER.sub("0", shown).split()
     numbers = [[float(n) for n in NUMBER.findall(text)] for text in (printed, shown)]
-    assert numbers[0] == pytest.approx(numbers[1], rel=0.03, abs=0.03)
+    assert numbers[0] == pytest.approx(numbers[1], rel=near, abs=near)
 
 
 def example(place: int) -> tuple[str, str]:
@@ -29,12 +29,15 @@ def example(place: int) -> tuple[str, str]:
     return found[place]
 
 
-@pytest.mark.parametrize("place", [0, 2, 3, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_examples_on_uncertainty_print_what_is_shown(place, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("place", "near"), [(0, 0.03), (2, 0.03), (3, 0.03), pytest.param(1, 0.1, marks=pytest.mark.slow)]
+)
+def test_the_examples_on_uncertainty_print_what_is_shown(place, near, tmp_path, capsys):
+    """The second asks the built-in model, which another processor or number of threads trains to other weights."""
     code, shown = example(place)
     (tmp_path / "example.py").write_text(code)
     runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")
-    same(capsys.readouterr().out, shown)
+    same(capsys.readouterr().out, shown, near)
 
 
 @pytest.mark.slow
