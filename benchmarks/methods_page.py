@@ -40,6 +40,10 @@ make methods
 {loop}.
 
 Each run is a small file in `benchmarks/results/`; `python -m benchmarks.methods --list` says what is missing.
+After a change of code, `--vouch` runs as few as show that it changed no number. Another processor may round otherwise,
+and then trains another base: what began with that is marked † and compared with its baselines from the same, and
+`--vouch --before FOLDER` runs the code before the change, of a checkout in FOLDER, beside that after it.
+
 Differences are to GRPO with the same seed on the same prompts, with 95% intervals over seeds and prompts (over prompts
 alone where there is one seed, which leaves out how much runs differ). The runs are short and the model is small: this
 page says what an update does to a policy, and not what a method is worth at scale. All methods share one learning rate,
