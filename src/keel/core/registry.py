@@ -1,6 +1,9 @@
 """The registry of parts: a name for each class, so that a composition can be written as YAML and read back."""
 
+import dataclasses
+import functools
 import importlib.metadata
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,7 +16,7 @@ PAPERS: dict[str, Any] = {}
 
 
 def part(name: str, paper: int | list[int] | None = None) -> Callable[[type[T]], type[T]]:
-    """Register a frozen dataclass under a name.
+    """Register a frozen dataclass under a name; making one with NaN, or with a negative `epsilon`, is a ValueError.
 
     Args:
         name: unique among all parts, lower case with underscores.
@@ -30,9 +33,25 @@ def part(name: str, paper: int | list[int] | None = None) -> Callable[[type[T]],
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(f"part name '{name}' is taken by {known.__module__}.{known.__qualname__}")
         _PARTS[name], _NAMES[cls], PAPERS[name] = cls, name, paper
+        if dataclasses.is_dataclass(cls):
+            cls.__init__ = _checking(cls.__init__)  # type: ignore[method-assign]
         return cls
 
     return register
+
+
+def _checking(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def checked(self: Any, *positional: Any, **named: Any) -> None:
+        init(self, *positional, **named)
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{item.name} must be a number, not nan")
+            if item.name == "epsilon" and isinstance(value, (int, float)) and value < 0:
+                raise ValueError(f"epsilon must not be negative, got {value}")
+
+    return checked
 
 
 def part_class(name: str) -> type:
