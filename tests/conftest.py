@@ -62,3 +62,12 @@ def pytest_collection_finish() -> None:
 def _seeded(request: pytest.FixtureRequest) -> None:
     """The global generator depends on the test alone; tests of Keel draw from `keel.core.choice` instead."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipes of a test are gone after it: others ask for all that there are."""
+    from keel.recipes import registry
+
+    registry.recipes()  # all are loaded, once
+    monkeypatch.setattr(registry, "_RECIPES", dict(registry._RECIPES))

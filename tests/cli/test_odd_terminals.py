@@ -33,13 +33,6 @@ def test_a_terminal_of_ascii_gets_question_marks_and_no_traceback(tmp_path: Path
     assert done.stdout.strip() == b"entropy ???  (not told yet)"
 
 
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipes of a test are gone after it."""
-    registry.recipes()  # all are loaded, once
-    monkeypatch.setattr(registry, "_RECIPES", dict(registry._RECIPES))
-
-
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(
     "command", [["train"], ["verify"], ["compare", "grpo"], ["methods", "show"]], ids=lambda words: words[0]

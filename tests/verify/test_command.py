@@ -71,6 +71,7 @@ def test_a_loss_of_ones_own(tmp_path):
         CliRunner().invoke(app, ["verify", place, "grpo"], catch_exceptions=False)
 
 
+@pytest.mark.usefixtures("registered")
 def test_a_recipe_of_ones_own(tmp_path):
     text = "import keel\nfrom keel.recipes.policy_gradient import rloo\n\n"
     (tmp_path / "mine.py").write_text(
