@@ -37,7 +37,7 @@ def trained():
         yield pytest.param(name, marks=pytest.mark.slow if varied else ())
 
 
-@pytest.mark.parametrize("name", trained())
+@pytest.mark.parametrize("name", list(trained()))
 def test_every_recipe_trains(name, train, base, teacher, tmp_path):
     before = checksum(load(base).module)
     run = train(name, name=name, max_steps=2, reward=length, **taught(name, teacher), **SETTINGS.get(name, {}))
