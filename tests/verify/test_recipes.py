@@ -117,6 +117,9 @@ def test_every_recipe(recipe, variant):
         assert found.cosine is None or found.cosine > 1 - 1e-9
 
 
+LEAST = {"best_of_n_distillation": 4, "curated": 4}  # completions that a group needs: the best of four is asked for
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "variant"), CASES)
 def test_every_recipe_in_full(recipe, variant):
@@ -125,7 +128,8 @@ def test_every_recipe_in_full(recipe, variant):
     assert kind == "reward" or (found.bf16_relative_error is not None and found.bf16_relative_error < 0.05)
     if found.status == HOLDS:
         assert found.fixed_point_tv is None or found.fixed_point_tv < 1e-3
-        assert all(group.relative_error <= TOLERANCE for group in found.groups)
+        full = [group for group in found.groups if group.size >= LEAST.get(recipe.name, 0)]
+        assert bool(full) == bool(found.groups) and all(group.relative_error <= TOLERANCE for group in full)
     else:
         assert found.status != SHORT or shortfall(recipe) is not None, found.reasons
 
