@@ -172,7 +172,9 @@ def test_every_part_can_be_found_by_its_name():
 def test_an_error_says_what_where_and_what_to_do():
     error = MethodError("it is wrong", "terms.kl", "Do this.")
     assert str(error) == "terms.kl: it is wrong. Do this."
-    assert isinstance(error, UserError) and error.exit_code == 2
+    assert (error.what, error.where, error.fix, error.exit_code) == ("it is wrong", "terms.kl", "Do this.", 2)
+    with pytest.raises(UserError, match="it is wrong"):
+        raise error
     assert KeelError("broken").exit_code == 1 and str(KeelError("broken")) == "broken"
 
 

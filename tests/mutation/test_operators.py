@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from tests.mutation.mutants import Mutant, mutants
 from tests.mutation.operators import OPERATORS
 from tests.mutation.run import GRADIENTS, equivalents, gradients, key, sample, summary
-from tests.mutation.trials import Verdict, nearest_tests
+from tests.mutation.trials import Failure, Verdict, in_children, nearest_tests
 
 FAULTS = {  # of `return <expression>` in a function of tensors: operator -> all that it makes of the expression
     "-a": {"sign": ["a"]},
@@ -196,3 +197,17 @@ def test_trials(tmp_path):
     assert found["extremum", "max(x - 1.0, 5.0)"]["status"] == "caught"
     assert found["constant", "6"]["status"] == "caught"
     assert found["comparison", "x < 4.5"]["status"] == "survived"
+
+
+def test_children_give_back_what_they_found():
+    """What JSON has, what they raised, and nothing of one that takes too long or dies."""
+
+    def fail():
+        raise KeyError("gone")
+
+    tasks = {"sound": lambda: [1, {"a": None}], "fails": fail, "object": object, "dies": lambda: os._exit(3)}
+    tasks["sleeps"] = lambda: time.sleep(60)
+    found = {task: result for task, result, _ in in_children(iter(tasks.items()), 2, 3.0)}
+    assert found.pop("object").kind == "TypeError"  # which JSON has not
+    failed = Failure("KeyError", "KeyError('gone')")
+    assert found == {"sound": [1, {"a": None}], "fails": failed, "dies": None, "sleeps": None}

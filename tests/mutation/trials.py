@@ -7,8 +7,8 @@ whether it passes; a fault then meets only passing tests that run its lines, the
 
 import gc
 import io
+import json
 import os
-import pickle
 import selectors
 import shutil
 import signal
@@ -64,6 +64,14 @@ class Verdict:
     tests: int = 0
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What a child raised: its type, and all of it."""
+
+    kind: str
+    said: str
+
+
 @dataclass
 class Child:
     """A process at work."""
@@ -77,7 +85,10 @@ class Child:
 
 
 def in_children(tasks: Iterator[tuple[Any, Callable[[], Any]]], workers: int, limit: float) -> Iterator[tuple]:
-    """(task, result, seconds) of functions that run in forked children; the result of one stopped for time is None."""
+    """(task, result, seconds) of functions that run in forked children and give what JSON has.
+
+    The result of one that raised is a Failure, that of one stopped for time None.
+    """
     running: dict[int, Child] = {}
     with selectors.DefaultSelector() as pipes:
         exhausted = False
@@ -117,12 +128,12 @@ def _fork(task: Any, work: Callable[[], Any], limit: float) -> Child:
     home = tempfile.mkdtemp(prefix="keel-mutation-")
     os.environ["KEEL_CACHE"] = home
     try:
-        found = pickle.dumps(work())
+        found = json.dumps({"result": work()})
     except BaseException as error:  # the parent shows it
-        found = pickle.dumps(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+        found = json.dumps({"failed": [type(error).__name__, repr(error)]})
     shutil.rmtree(home, ignore_errors=True)
     with os.fdopen(writing, "wb") as pipe:
-        pipe.write(found)
+        pipe.write(found.encode())
     os._exit(0)
 
 
@@ -131,8 +142,9 @@ def _finish(child: Child, pipes: selectors.BaseSelector, running: dict[int, Chil
     os.close(child.pipe)
     os.waitpid(child.pid, 0)
     del running[child.pipe]
-    data = child.heard.getvalue()
-    return child.task, pickle.loads(data) if data else None, time.monotonic() - child.started
+    said = json.loads(child.heard.getvalue() or '{"result": null}')
+    found = Failure(*said["failed"]) if "failed" in said else said["result"]
+    return child.task, found, time.monotonic() - child.started
 
 
 # -- planting --------------------------------------------------------------------------------------------------------
@@ -230,11 +242,13 @@ class Trials:
         parts = [items[i : i + size] for i in range(0, len(items), size)]
         tasks = ((None, lambda part=part: self._watch(part, files)) for part in parts)
         for _, found, _ in in_children(iter(tasks), self.workers, 1800.0):
-            if isinstance(found, Exception) or found is None:
+            if isinstance(found, Failure) or found is None:
                 raise RuntimeError(f"the tests could not run without a fault: {found!r}")
-            self.known.update(found)
+            for name, (passed, seconds, lines) in found.items():
+                self.known[name] = Known(passed, seconds, frozenset(map(tuple, lines)))
 
-    def _watch(self, items: list[pytest.Item], files: dict[str, str]) -> dict[str, Known]:
+    def _watch(self, items: list[pytest.Item], files: dict[str, str]) -> dict[str, list]:
+        """Of each test whether it passed, its seconds, and the lines that it ran."""
         found = {}
         for item, following in zip(items, [*items[1:], None], strict=True):
             lines: set[tuple[str, int]] = set()
@@ -256,7 +270,7 @@ class Trials:
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             sys.settrace(None)
             passed = not any(name == item.nodeid for name, _ in self.failed)
-            found[item.nodeid] = Known(passed, time.monotonic() - began, frozenset(lines))
+            found[item.nodeid] = [passed, time.monotonic() - began, sorted(lines)]
         return found
 
     # -- with one ------------------------------------------------------------------------------------------------
@@ -300,8 +314,8 @@ class Trials:
     def _note(self, fault: Mutant, count: int, found: Any, seconds: float) -> None:
         if found is None:
             found = ("caught", "", "timeout") if seconds > self.limit else ("caught", "", "crash")
-        if isinstance(found, Exception):
-            found = ("caught", "", type(found).__name__)
+        if isinstance(found, Failure):
+            found = ("caught", "", found.kind)
         status, test, how = found
         if test:
             self.kills[f"{fault.path}:{fault.scope}"][test] += 1
