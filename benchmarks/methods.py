@@ -25,7 +25,7 @@ from keel.core.errors import KeelError, nearest
 def gathered(folder: Path) -> tuple[Evidence, Evidence]:
     """What is stored of the cells of the plan: runs that count, and trials of coefficients."""
     stored = results.everything(folder)
-    others = {base: results.everything(path) for base, path in results.elsewhere(folder).items()}
+    others = {path.name: results.everything(path) for path in results.elsewhere(folder).glob("*")}
 
     def planned(cell: Cell) -> bool:
         return cell.settings == plan.settings(cell.task)
@@ -46,10 +46,14 @@ def both_rounds(folder: Path) -> tuple[list[Cell], list[Cell]]:
 
 def baselines(cells: Sequence[Cell], folder: Path) -> list[tuple[str, Path, list[Cell]]]:
     """By base that is not the usual one: where the baselines of the cells that began with it are, and these."""
-    return [
-        (base, folder / "elsewhere" / base, plan.in_order([one for cell in some for one in plan.baselines(cell)]))
-        for base, some in work.apart(cells, folder).items()
-    ]
+    found: dict[str, list[Cell]] = {}
+    for evidence in gathered(folder):
+        usual = {task: evidence.usual(task) for task in plan.tasks()}
+        for cell in cells:
+            base = evidence.base(halving.arm_of(cell), cell.seed)
+            if base and base != usual[cell.task]:
+                found.setdefault(base, []).extend(plan.baselines(cell))
+    return [(base, results.elsewhere(folder) / base, plan.in_order(some)) for base, some in found.items()]
 
 
 def wanted(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[Cell]:

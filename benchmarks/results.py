@@ -172,9 +172,9 @@ def everything(folder: Path = FOLDER) -> list[Result]:
     return [Result.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
 
 
-def elsewhere(folder: Path = FOLDER) -> dict[str, Path]:
-    """Folders with the baselines of cells that began with another base than most, by that base."""
-    return {path.name: path for path in sorted((folder / "elsewhere").glob("*")) if path.is_dir()}
+def elsewhere(folder: Path = FOLDER) -> Path:
+    """Holds a folder for each base with which few cells began: the baselines that these are compared with."""
+    return folder / "elsewhere"
 
 
 def state_of(cell: Cell, folder: Path = FOLDER) -> str:

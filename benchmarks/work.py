@@ -34,21 +34,6 @@ def states(cells: Iterable[Cell], folder: Path = FOLDER) -> tuple[dict[Cell, str
     return found, broken
 
 
-def apart(cells: Iterable[Cell], folder: Path = FOLDER) -> dict[str, list[Cell]]:
-    """Finished cells that began with another base than most of their task, by that base."""
-    begun: dict[str, dict[str, list[Cell]]] = {}
-    for cell in cells:
-        found = stored(cell, folder)
-        if found is not None and not found.error:
-            begun.setdefault(cell.task, {}).setdefault(found.base, []).append(cell)
-    out: dict[str, list[Cell]] = {}
-    for bases in begun.values():
-        usual = max(bases, key=lambda base: len(bases[base]))
-        for base in bases.keys() - {usual}:
-            out.setdefault(base, []).extend(bases[base])
-    return out
-
-
 def expected_seconds(cells: Sequence[Cell], folder: Path = FOLDER) -> float:
     """What they will take, from what they or their like took."""
     known: dict[str, list[float]] = {}

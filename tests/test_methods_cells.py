@@ -5,7 +5,8 @@ import multiprocessing
 from dataclasses import replace
 
 import pytest
-from benchmarks import cells, fingerprint, results, work
+from benchmarks import cells, fingerprint, halving, results, work
+from benchmarks.evidence import Evidence
 
 from keel.core.errors import KeelError
 from keel.models.tiny import TinyConfig
@@ -260,7 +261,9 @@ def test_on_another_processor_the_code_before_is_run_too(tmp_path, monkeypatch):
     assert work.vouch(asked[1:2], print, tmp_path, 1, again, tmp_path / "old") == {"run": 1}
     moved = results.stored(asked[1], tmp_path)
     assert (moved.numbers, moved.base) == ({"means": {"x": 7}}, "here") and moved.machine == {"processor": "new"}
-    assert work.apart([*asked, tiny("sft")], tmp_path) == {"here": [asked[1]]}
+    evidence = Evidence.of(results.everything(tmp_path))
+    assert [evidence.base(halving.arm_of(cell), cell.seed) for cell in asked] == ["there", "here", "there", "there"]
+    assert evidence.usual("countdown") == "there" and evidence.apart(halving.arm_of(asked[1]))
 
 
 def test_processes_that_vouch_share_the_changes(tmp_path, monkeypatch):
