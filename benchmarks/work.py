@@ -206,6 +206,7 @@ def numbers_here(one: Result, before: Path | None) -> Mapping[str, Any]:
             f"{one.cell.label} began with another base than this machine's, as another processor rounds otherwise",
             fix="Compare both codes here: --before FOLDER, a checkout in which the stored results are fresh.",
         )
+    before = before.resolve()  # it is run in there
     program = (
         "import json, sys, torch; torch.set_num_threads(1); from benchmarks import cells, results; "
         "cell = cells.Cell.from_json(json.load(sys.stdin)); "

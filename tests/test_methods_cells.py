@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from benchmarks import cells, fingerprint, halving, results, work
@@ -250,7 +251,8 @@ def test_on_another_processor_the_code_before_is_run_too(tmp_path, monkeypatch):
         "class Cell:\n    from_json = staticmethod(lambda data: data)\n\n"
         "def run_cell(cell):\n    return {'numbers': {'means': {'x': 7 + 10 * cell['seed']}}}\n"
     )
-    assert work.vouch(asked, print, tmp_path, 1, again, tmp_path / "old") == {"run": 1, "vouched": 3}
+    monkeypatch.chdir(tmp_path)
+    assert work.vouch(asked, print, tmp_path, 1, again, Path("old")) == {"run": 1, "vouched": 3}
     kept = results.stored(asked[0], tmp_path)
     assert kept.numbers == {"means": {"x": 1}} and kept.base == "there" and kept.machine == {}  # as they were
     for cell in asked[1:3]:  # one whose numbers differ here takes those of this machine
